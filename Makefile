@@ -1,0 +1,34 @@
+# Every target makes what it needs on a machine that has only Python 3.11 or newer, and reinstalls nothing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ENGINE := .venv-engine
+
+.PHONY: demo test test-engine lint docs bench
+
+demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: under 5 minutes on 2 cores
+	$(BIN)/python -m lockstep.recipes.demo
+
+test: $(VENV)/.stamp-dev  ## everything but the engine
+	$(BIN)/python -m pytest -n 2
+
+test-engine: $(VENV)/.stamp-dev  ## serve the exports in vLLM, in its own environment
+	PYTHON=$(PYTHON) tests/engine/install.sh $(ENGINE)
+	$(BIN)/python -m pytest -m engine tests/engine
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-docs  ## into site/; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.stamp-dev  ## the CPU-sized benchmarks
+	$(BIN)/python benchmarks/int4_cpu.py
+
+# One stamp for each extra of pyproject.toml.
+$(VENV)/.stamp-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
