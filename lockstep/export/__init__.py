@@ -1,0 +1,18 @@
+"""What was trained, for engines: `save_pretrained` a folder, `stream` to a live engine, read a `Checkpoint` back."""
+
+from lockstep.export import gptq, marlin, pack_quantized
+from lockstep.export.checkpoint import Checkpoint, CheckpointError
+from lockstep.export.directory import ExportError
+from lockstep.export.save import check_exportable, save_pretrained, stream
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ExportError",
+    "check_exportable",
+    "gptq",
+    "marlin",
+    "pack_quantized",
+    "save_pretrained",
+    "stream",
+]

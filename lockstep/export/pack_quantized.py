@@ -1,0 +1,54 @@
+"""``pack-quantized``, the INT4 format of compressed-tensors: what vLLM, SGLang and transformers load.
+
+For a layer ``m`` with N outputs, K inputs and G groups:
+
+==================  ===============  ======================================================
+``m.weight_packed``  int32 [N, K/8]   codes along K, lowest bits first, offset binary (q + 8)
+``m.weight_scale``   [N, G]           in the served dtype
+``m.weight_shape``   int64 [2]        (N, K)
+==================  ===============  ======================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lockstep.export import words
+from lockstep.grid import Quantized
+from lockstep.scheme import Scheme, TensorSpec
+
+TENSORS = ("weight_packed", "weight_scale", "weight_shape")
+
+
+def problem(n: int, k: int, spec: TensorSpec) -> str | None:
+    """Why a layer of N outputs and K inputs cannot be stored, or None."""
+    per_word = 32 // spec.bits
+    return f"K={k} is not a multiple of {per_word}, the codes in a word" if k % per_word else None
+
+
+def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:
+    """The stored tensors of one layer by the names of `TENSORS`."""
+    return {
+        "weight_packed": words.pack(quantized.codes, spec.bits),
+        "weight_scale": quantized.scale,
+        "weight_shape": torch.tensor(quantized.codes.shape),
+    }
+
+
+def read(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Quantized:
+    """The codes and scales of one layer's stored tensors."""
+    return Quantized(words.unpack(tensors["weight_packed"], spec.bits), tensors["weight_scale"])
+
+
+def config(scheme: Scheme, quantized: Sequence[str], ignored: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` for the layers `quantized`; `ignored` are the linear layers left as they are."""
+    return scheme.to_compressed_tensors(ignore=ignored)
+
+
+def scheme(config: Mapping[str, Any]) -> Scheme:
+    """The scheme that a ``quantization_config`` of this format declares."""
+    return Scheme.from_compressed_tensors(config)
