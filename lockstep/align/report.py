@@ -1,0 +1,216 @@
+"""What `compare` found: a table to print, JSON to keep, a page to look at, and a gate for CI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.scheme import Scheme, dtype_name
+
+# Share of bit-equal outputs that a serving kernel reaches against our forward, by (scale after the GEMM, dtype):
+# a little under what vLLM's Marlin kernel was measured to give on an H200 (docs/alignment.md).
+REACHABLE_EQUAL = {
+    (False, torch.bfloat16): 0.998,
+    (False, torch.float16): 0.99,
+    (True, torch.bfloat16): 0.999,
+    (True, torch.float16): 0.998,
+}
+# Two orders of fp32 additions rarely agree to the bit, so in fp32 the size of the difference decides alone.
+MAX_DIFFERENCE = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+MAX_MEAN_LOGPROB_DIFFERENCE = 0.02
+
+
+class AlignmentError(AssertionError):
+    """The checkpoint does not compute what was trained; the message names the layers and what is wrong with each."""
+
+
+@dataclass
+class LayerAlignment:
+    """One quantized layer: is the stored weight the trained one, and do fake and true kernel agree on its inputs?
+
+    Attributes:
+        name: the module's name.
+        shape: ``(out_features, in_features)``.
+        weight_equal: the stored weight is bit for bit the one that trains.
+        problem: what is wrong with the stored weight, in words; empty if nothing is.
+        outputs: how many outputs were compared; 0 if the layer saw no input in this batch.
+        equal: share of them that are bit-equal.
+        max_ulps: the largest difference, in units in the last place.
+        difference: ``norm(true - fake) / norm(fake)``.
+        fake_error: error norm of the training forward against float64 on the trained weights, relative.
+        true_error: the same for the true kernel on the stored weights.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weight_equal: bool = False
+    problem: str = ""
+    outputs: int = 0
+    equal: float = 0.0
+    max_ulps: int = 0
+    difference: float = 0.0
+    fake_error: float = 0.0
+    true_error: float = 0.0
+
+
+@dataclass
+class EndToEnd:
+    """The model's outputs with its own forward ("fake") and with the stored tensors in the true kernel ("true").
+
+    Logits are compared at every unmasked position; log-probabilities are those of the batch's own next tokens, or of
+    the fake model's first choice where the batch has no ``input_ids``. Nats.
+    """
+
+    positions: int
+    max_logit_difference: float
+    kl: float
+    k3: float
+    top1_agreement: float
+    mean_logprob_difference: float
+    max_logprob_difference: float
+
+
+@dataclass
+class AlignmentReport:
+    """The result of `lockstep.align.compare`. Print it, `save` it, or let CI call `assert_aligned`."""
+
+    scheme: Scheme
+    checkpoint: str
+    kernel: str
+    layers: list[LayerAlignment]
+    plain_problems: dict[str, str] = field(default_factory=dict)
+    end_to_end: EndToEnd | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def failures(
+        self,
+        min_equal: float | None = None,
+        max_difference: float | None = None,
+        max_mean_logprob_difference: float = MAX_MEAN_LOGPROB_DIFFERENCE,
+    ) -> list[str]:
+        """What keeps the checkpoint from being aligned, a line each; see `assert_aligned`."""
+        found = []
+        for layer in self.layers:
+            if not layer.weight_equal:
+                found.append(f"{layer.name}: {layer.problem}")
+            elif layer.outputs:
+                least = self.least_equal(layer) if min_equal is None else min_equal
+                most = MAX_DIFFERENCE[self.scheme.weights.served_dtype] if max_difference is None else max_difference
+                if layer.equal < least or not layer.difference <= most:
+                    found.append(
+                        f"{layer.name}: {layer.equal:.3%} of the outputs are bit-equal (at least {least:.3%}), "
+                        f"relative difference {layer.difference:.1e} (at most {most:.1e})"
+                    )
+        found += [f"{name}: {problem}" for name, problem in self.plain_problems.items()]
+        if self.end_to_end is None:
+            found.append("end to end: not computed, since some layers cannot be read")
+        elif not self.end_to_end.mean_logprob_difference <= max_mean_logprob_difference:
+            found.append(
+                f"end to end: mean |log-probability difference| {self.end_to_end.mean_logprob_difference:.2e} "
+                f"(at most {max_mean_logprob_difference:.2e})"
+            )
+        return found
+
+    def assert_aligned(
+        self,
+        min_equal: float | None = None,
+        max_difference: float | None = None,
+        max_mean_logprob_difference: float = MAX_MEAN_LOGPROB_DIFFERENCE,
+    ) -> None:
+        """Raise unless every stored weight is bitwise the trained one and the outputs agree within the thresholds.
+
+        Args:
+            min_equal: least share of bit-equal outputs of a layer; default: what serving kernels reach for the scheme.
+            max_difference: largest relative difference of a layer's outputs; default: 1e-3, in fp32 1e-5.
+            max_mean_logprob_difference: end to end, in nats.
+
+        Raises:
+            AlignmentError: names each layer and tensor that fails, and why.
+        """
+        if found := self.failures(min_equal, max_difference, max_mean_logprob_difference):
+            raise AlignmentError(f"{self.checkpoint} is not aligned:\n" + "\n".join(f"- {line}" for line in found))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether `assert_aligned` passes with its default thresholds."""
+        return not self.failures()
+
+    def least_equal(self, layer: LayerAlignment) -> float:
+        """The default least share of bit-equal outputs of a layer."""
+        spec = self.scheme.weights
+        return REACHABLE_EQUAL.get((spec.scale_follows_gemm(layer.shape[1]), spec.served_dtype), 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values, with the verdict and the failures."""
+        return {
+            "aligned": self.aligned,
+            "failures": self.failures(),
+            "checkpoint": self.checkpoint,
+            "kernel": self.kernel,
+            "scheme": {
+                name: dtype_name(value) if isinstance(value, torch.dtype) else value
+                for name, value in asdict(self.scheme.weights).items()
+            },
+            "end_to_end": asdict(self.end_to_end) if self.end_to_end else None,
+            "layers": [asdict(layer) for layer in self.layers],
+            "plain_problems": self.plain_problems,
+            "environment": dict(self.environment),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report to `path`: ``.json``, or ``.html`` for one self-contained page with plots."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2))
+        elif path.suffix == ".html":
+            from lockstep.align.html import page
+
+            path.write_text(page(self))
+        else:
+            raise ValueError(f"{path}: a report is saved as .json or .html.")
+        return path
+
+    def __rich__(self):  # type: ignore[no-untyped-def]
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        failures = self.failures()
+        verdict = Text("aligned", "bold green") if not failures else Text("NOT ALIGNED", "bold red")
+        title = Text.assemble(verdict, f"  {self.scheme}, kernel {self.kernel}, {self.checkpoint}")
+        table = Table()
+        table.add_column("layer", overflow="fold", ratio=1)
+        table.add_column("weight")
+        for header in ("bit-equal", "ulps", "err. fake", "err. true"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for layer in self.layers:
+            outputs = [f"{layer.equal:.3%}", str(layer.max_ulps), f"{layer.fake_error:.2e}", f"{layer.true_error:.2e}"]
+            weight = "equal" if layer.weight_equal else Text("differs", "red")
+            table.add_row(layer.name, weight, *(outputs if layer.outputs else ["no input", "", "", ""]))
+        parts: list[Any] = [title, table]
+        if self.end_to_end:
+            parts.append(Text(describe(self.end_to_end)))
+        return Group(*parts, *(Text(f"- {line}", "red") for line in failures))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def describe(end_to_end: EndToEnd) -> str:
+    """One line on the end-to-end comparison."""
+    return (
+        f"end to end, {end_to_end.positions} positions: mean |log-prob difference| "
+        f"{end_to_end.mean_logprob_difference:.2e} (max {end_to_end.max_logprob_difference:.2e}), "
+        f"KL {end_to_end.kl:.2e}, k3 {end_to_end.k3:.2e}, top-1 agreement {end_to_end.top1_agreement:.2%}, "
+        f"max |logit difference| {end_to_end.max_logit_difference:.2e}"
+    )

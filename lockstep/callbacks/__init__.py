@@ -1,0 +1,5 @@
+"""Callbacks for trainers: thin, they call `prepare`, the statistics and the exporter at the right moments."""
+
+from lockstep.callbacks.qat import QATCallback
+
+__all__ = ["QATCallback"]

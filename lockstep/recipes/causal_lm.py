@@ -1,0 +1,117 @@
+"""A causal language model as a LightningModule: any transformers folder or config, or a small Llama made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+
+class CausalLM(LightningModule):
+    """Next-token training of a transformers model with AdamW and a cosine schedule after a linear warm-up.
+
+    Logs ``train/loss`` and ``val/loss`` in nats, ``val/perplexity``, and the learning rate.
+
+    Args:
+        model: a folder or hub name with weights; a folder or file with only a ``config.json``, for random weights; or
+            none, for a Llama of 3 million parameters with the vocabulary of the datamodule's tokenizer.
+        learning_rate: peak.
+        weight_decay: of the weight matrices; norms and biases have none.
+        warmup_steps: optimizer steps until the peak.
+        final_share: the learning rate at the last step, as a share of the peak.
+        save_dir: write the masters there as an ordinary transformers folder when the fit ends.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 50,
+        final_share: float = 0.1,
+        save_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The datamodule's tokenizer, saved along with the checkpoints."""
+        return getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Build or load the model, with fp32 masters."""
+        if self.model is None:
+            self.model = load_model(self.hparams["model"], self.tokenizer)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of the next tokens."""
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same on held-out text."""
+        loss = self.model(**batch).loss
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Perplexity from the mean loss."""
+        self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; linear warm-up, then a cosine down to `final_share`."""
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
+        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
+        final = self.hparams["final_share"]
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, max(1, steps - warmup), eta_min=final * self.hparams["learning_rate"]
+        )
+        schedule: torch.optim.lr_scheduler.LRScheduler = cosine
+        if warmup:
+            linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [linear, cosine], [warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Save the masters, under their ordinary names."""
+        if self.hparams["save_dir"] and self.trainer.is_global_zero:
+            self.model.save_pretrained(self.hparams["save_dir"])
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(self.hparams["save_dir"])
+
+
+def load_model(name: str | None, tokenizer: Any = None) -> Any:
+    """The model of `CausalLM`'s argument `model`, in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    if name is None:
+        if tokenizer is None:
+            raise ValueError("model: without one, a datamodule with a tokenizer is needed for the vocabulary.")
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    path = Path(name)
+    if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors"))):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
