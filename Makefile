@@ -25,7 +25,7 @@ docs: $(VENV)/.stamp-docs  ## into site/; a broken link or reference is an error
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.stamp-dev  ## the CPU-sized benchmarks
-	$(BIN)/python benchmarks/int4_cpu.py
+	$(BIN)/python benchmarks/layer_step.py
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt

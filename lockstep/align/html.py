@@ -17,7 +17,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .yes { background: #1a7f37 } .no { background: #b42318 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left; word-break: break-all }
+th:first-child, td:first-child { text-align: left; min-width: 20rem; overflow-wrap: anywhere }
 tr.bad td { background: #fdeceb } code { font-size: .9em } svg { max-width: 100%; height: auto }
 """
 
@@ -69,7 +69,7 @@ def _layers(report: AlignmentReport) -> str:
             f"{layer.fake_error:.3e}",
             f"{layer.true_error:.3e}",
         )
-        weight = "equal" if layer.weight_equal else layer.problem
+        weight = "equal" if layer.weight_equal else "differs"
         rows.append((not layer.weight_equal, (layer.name, weight, *(measured if layer.outputs else ["-"] * 5))))
     return _table(header, rows)
 
@@ -105,7 +105,7 @@ def _plots(report: AlignmentReport) -> str:
     errors.set(yscale="log", ylabel="relative error norm", title="Error of each against float64 on the trained weights")
     errors.legend()
     if len(layers) <= 40:
-        errors.set_xticks(numbers, [layer.name for layer in layers], rotation=90, fontsize=7)
+        errors.set_xticks(numbers, [layer.name for layer in layers], rotation=90, fontsize=8)
     else:
         errors.set_xlabel("layer, in the model's order")
     image = io.StringIO()
