@@ -352,3 +352,15 @@ def test_rows_that_do_not_divide_are_refused_with_their_shape():
 def test_weights_of_another_dtype_are_refused_by_name(dtype):
     with pytest.raises(TypeError, match=rf"weights are bfloat16, float16, float32; found {dtype} of shape \(4, 128\)"):
         grid.quantize(torch.zeros(4, 128, dtype=dtype), TensorSpec())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a GPU")
+@every_rule
+@every_dtype
+def test_a_gpu_computes_the_same_bits_as_the_cpu(spec, dtype):
+    """The trainer quantizes on a GPU, the exporter may on a CPU: PyTorch's own ``x / 7`` differs between the two."""
+    w = torch.cat([torch.randn(64, 1024) * size for size in (0.02, 1e-38, 100.0, 0.0)]).to(dtype)
+    here, there = grid.quantize(w, spec), grid.quantize(w.cuda(), spec)
+    for ours, theirs in zip(here, there, strict=True):
+        assert torch.equal(ours, theirs.cpu())
+    assert torch.equal(grid.dequantize(here, spec), grid.dequantize(there, spec).cpu())

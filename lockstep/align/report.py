@@ -22,7 +22,7 @@ REACHABLE_EQUAL = {
 }
 # Two orders of fp32 additions rarely agree to the bit, so in fp32 the size of the difference decides alone.
 MAX_DIFFERENCE = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-MAX_MEAN_LOGPROB_DIFFERENCE = 0.02
+MAX_MEAN_LOGPROB_DIFFERENCE = 0.03
 
 
 class AlignmentError(AssertionError):

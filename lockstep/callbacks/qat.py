@@ -132,11 +132,15 @@ class QATCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = served_model(pl_module)
+        first = not any(quantized_modules(model))
         report = prepare(model, self.scheme, self.targets, self.ignore)
-        rank_zero_info(str(report))
-        if trainer.state.fn == TrainerFn.FITTING and self.export_dir is not None:
-            check_destination(self.export_dir, self.overwrite)
-            check_exportable(model, self.export_format)
+        if first:
+            rank_zero_info(str(report))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._logged_step, self._logged_codes = 0, {}
+            if self.export_dir is not None:
+                check_destination(self.export_dir, self.overwrite)
+                check_exportable(model, self.export_format)
         self._quantized = True
 
     def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,6 @@ the scale before the division as of the product before the bias, and those round
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from lockstep.scheme import TensorSpec
 
 def fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
     """`grid.fake_quantize`, opaque to ``torch.compile``."""
-    return _fake_quantize(weight, *astuple(spec))
+    return _fake_quantize(weight, *_fields(spec))
 
 
 def quantize(weight: Tensor, spec: TensorSpec) -> Quantized:
     """`grid.quantize`, opaque to ``torch.compile``."""
-    return Quantized(*_quantize(weight, *astuple(spec)))
+    return Quantized(*_quantize(weight, *_fields(spec)))
 
 
 def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
@@ -43,6 +42,12 @@ def gemm(x: Tensor, operand: Tensor, scale: Tensor | None, bias: Tensor | None) 
     """``RN(x @ operand.T)``, then times `scale` ``[N, 1]``, then plus `bias`, with a rounding after each."""
     y = F.linear(x, operand.to(x.dtype))
     return y if scale is None and bias is None else _epilogue(y, scale, bias)
+
+
+def _fields(spec: TensorSpec) -> tuple[Any, ...]:
+    """The fields of a spec in the order of `_SPEC`. Not ``dataclasses.astuple``: dynamo cannot trace its deepcopy."""
+    grouping = (spec.format, spec.strategy, spec.group_size, spec.symmetric)
+    return (*grouping, spec.scale_rule, spec.scale_dtype, spec.served_dtype)
 
 
 _SPEC = (

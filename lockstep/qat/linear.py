@@ -49,7 +49,8 @@ class QATLinear(nn.Linear):
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes on `input`: autocast's where it is on, else the input's."""
     device_type = input.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Autocast does not know the meta device, and dynamo in torch 2.11 not torch.amp.is_autocast_available.
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else input.dtype
 
 

@@ -17,7 +17,7 @@ class CausalLM(LightningModule):
 
     Args:
         model: a folder or hub name with weights; a folder or file with only a ``config.json``, for random weights; or
-            none, for a Llama of 3 million parameters with the vocabulary of the datamodule's tokenizer.
+            none, for a Llama of 0.4 million parameters with the vocabulary of the datamodule's tokenizer.
         learning_rate: peak.
         weight_decay: of the weight matrices; norms and biases have none.
         warmup_steps: optimizer steps until the peak.
@@ -28,10 +28,10 @@ class CausalLM(LightningModule):
     def __init__(
         self,
         model: str | None = None,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 4e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 50,
-        final_share: float = 0.1,
+        final_share: float = 0.01,
         save_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -100,12 +100,12 @@ def load_model(name: str | None, tokenizer: Any = None) -> Any:
             raise ValueError("model: without one, a datamodule with a tokenizer is needed for the vocabulary.")
         config = LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=1024,
+            max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

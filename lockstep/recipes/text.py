@@ -14,9 +14,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+FEW_UNITS = 20
+
 
 class TextData(LightningDataModule):
-    """Blocks of tokens for a causal language model, split into training and validation by file or by package.
+    """Blocks of tokens for a causal language model.
+
+    About one file in ten (of the standard library: one top-level module) is held out for validation; of fewer than
+    twenty files, the last tenth of each. Texts that occur twice are used once.
 
     Batches are ``{"input_ids": int64 [batch_size, block_size], "labels": the same}``.
 
@@ -28,7 +33,7 @@ class TextData(LightningDataModule):
         vocab_size: of the tokenizer trained here.
         block_size: tokens in a sample.
         batch_size: samples in a batch.
-        max_bytes: read no more text than this; 0 for all.
+        max_bytes: use no more text than this, nine tenths of it for training; 0 for all.
         num_workers: of the data loaders.
 
     Raises:
@@ -40,8 +45,8 @@ class TextData(LightningDataModule):
         files: list[str] | None = None,
         dataset: str | None = None,
         tokenizer: str | None = None,
-        vocab_size: int = 2048,
-        block_size: int = 256,
+        vocab_size: int = 512,
+        block_size: int = 128,
         batch_size: int = 16,
         max_bytes: int = 0,
         num_workers: int = 0,
@@ -57,10 +62,10 @@ class TextData(LightningDataModule):
         """Read, split, tokenize; once."""
         if self._splits:
             return
-        documents = list(_limited(self._documents(), self.max_bytes))
+        train, validation = _split(_distinct(self._documents()))
         split = {
-            "train": [text for unit, text in documents if not _held_out(unit)],
-            "validation": [text for unit, text in documents if _held_out(unit)],
+            "train": _limited(train, self.max_bytes * 9 // 10),
+            "validation": _limited(validation, self.max_bytes // 10),
         }
         self.tokenizer = _tokenizer(self.tokenizer_name, self.vocab_size, split["train"])
         for name, texts in split.items():
@@ -68,13 +73,17 @@ class TextData(LightningDataModule):
             if len(tokens) < self.block_size:
                 raise ValueError(f"{name} text has {len(tokens)} tokens, less than one block of {self.block_size}.")
             self._splits[name] = Blocks(tokens, self.block_size)
+        # In a fixed random order, the first validation batches are a fair sample of all.
+        held_out = self._splits["validation"].blocks
+        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
+        self._splits["validation"].blocks = held_out[order]
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by torch's seed; a last incomplete batch is dropped."""
         return self._loader("train", shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out block, in order."""
+        """Every held-out block, in an order that is always the same."""
         return self._loader("validation")
 
     def _loader(self, split: str, **options: Any) -> DataLoader:
@@ -108,9 +117,9 @@ class Blocks(Dataset):
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """``(top-level module, source)`` of this Python's own modules, without tests and installed packages."""
+    """``(top-level module, source)`` of this Python's own modules, without tests, tables and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if not skipped.intersection(parts):
@@ -128,17 +137,31 @@ def _read(files: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield str(file), file.read_text(encoding="utf-8", errors="replace")
 
 
-def _limited(documents: Iterable[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
-    """Each distinct text once, in an order that does not depend on names, until `max_bytes` are full."""
+def _distinct(documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each distinct text once, in an order that does not depend on names."""
     distinct = {hashlib.sha256(text.encode()).hexdigest(): (unit, text) for unit, text in documents if text.strip()}
-    total = 0
-    for _, (unit, text) in sorted(distinct.items()):
-        total += len(text)
-        if max_bytes and total > max_bytes:
-            return
-        yield unit, text
-    if not total:
+    if not distinct:
         raise ValueError("no text found.")
+    return [document for _, document in sorted(distinct.items())]
+
+
+def _split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Training and held-out texts: about one unit in ten is held out, or, of only a few units, the end of each text."""
+    if len({unit for unit, _ in documents}) < FEW_UNITS:
+        cuts = [(text, len(text) * 9 // 10) for _, text in documents]
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    train = [text for unit, text in documents if not _held_out(unit)]
+    return train, [text for unit, text in documents if _held_out(unit)]
+
+
+def _limited(texts: list[str], max_bytes: int) -> list[str]:
+    """The texts that fit into `max_bytes` one after the other, too large ones passed over; all of them for 0."""
+    kept, total = [], 0
+    for text in texts:
+        if not max_bytes or total + len(text) <= max_bytes:
+            kept.append(text)
+            total += len(text)
+    return kept
 
 
 def _held_out(unit: str) -> bool:
