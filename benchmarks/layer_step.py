@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import lockstep
 from lockstep import grid
+from lockstep.recipes.demo import machine
 
 REPEATS = 12
 
@@ -111,8 +112,7 @@ def main() -> None:
             rows.append({"path": name, "tokens": tokens, **result})
             print(f"| {name} | {tokens} | {ratio:.2f} | {extra:+.2f} MiB |")
     environment = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else machine(),
         "torch": torch.__version__,
         "lockstep": lockstep.__version__,
         "python": platform.python_version(),

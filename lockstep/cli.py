@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockstep.scheme import Scheme
+
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -14,8 +16,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 for a gap that `align` found, or 2 for input that cannot be used."""
     from rich.console import Console
 
-    args = list(sys.argv[1:] if args is None else args)
-    command = args[0] if args else "--help"
+    words = list(sys.argv[1:] if args is None else args)
+    command = words[0] if words else "--help"
     if command in TRAINER_COMMANDS:
         return _trainer(args)
     functions: dict[str, Callable[..., int]] = {"align": align, "kernels": kernels}
@@ -26,16 +28,17 @@ def main(args: Sequence[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     try:
-        return auto_cli(functions[command], args=args[1:], as_positional=True, prog=f"lockstep {command}")
+        return auto_cli(functions[command], args=words[1:], as_positional=True, prog=f"lockstep {command}")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]{type(error).__name__}[/]:", str(error), markup=True)
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {message}", markup=False, highlight=False)
         return 2
 
 
 def align(
     model: str,
     checkpoint: str,
-    scheme: str | None = None,
+    scheme: Scheme | str | None = None,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     kernel: str = "reference",
@@ -49,7 +52,8 @@ def align(
     Args:
         model: transformers folder with the trained masters.
         checkpoint: the exported folder.
-        scheme: what the model was trained with, a preset's name; default: what the checkpoint declares.
+        scheme: what the model was trained with, a preset's name or {weights: {group_size: 64}}; default: what the
+            checkpoint itself declares, which cannot find a checkpoint exported with another scheme.
         targets: what was quantized, as in lockstep.prepare.
         ignore: what was left out.
         kernel: the true kernel to compare with; see lockstep kernels.
@@ -59,15 +63,24 @@ def align(
         json: write the report as JSON there.
     """
     from rich.console import Console
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lockstep
     from lockstep.export import Checkpoint
 
-    trained_with = lockstep.Scheme.preset(scheme) if scheme else Checkpoint(checkpoint).scheme
-    trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    for path, suffix in ((html, ".html"), (json, ".json")):
+        if path and Path(path).suffix != suffix:
+            raise ValueError(f"{path}: a report is saved as .html or .json.")
+    if not Path(model).is_dir():
+        raise ValueError(f"{model} is not a folder: MODEL is the transformers folder with the trained masters.")
+    trained_with = Scheme.of(scheme) if scheme else Checkpoint(checkpoint).scheme
+    try:
+        trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load a model and its tokenizer from {model}: {error}") from error
     lockstep.prepare(trained, trained_with, targets, ignore)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(_text(text), return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
     block = min(ids.shape[1], getattr(trained.config, "max_position_embeddings", max_tokens))
     if block < 2:
@@ -82,11 +95,11 @@ def align(
     return 0 if report.aligned else 1
 
 
-def kernels(scheme: str = "W4A16", device: str = "cpu") -> int:
+def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:
     """Show every registered kernel, and why it can or cannot compute a scheme on a device.
 
     Args:
-        scheme: a preset's name.
+        scheme: a preset's name, or fields such as {weights: {strategy: channel}}.
         device: a torch device.
     """
     import torch
@@ -94,9 +107,8 @@ def kernels(scheme: str = "W4A16", device: str = "cpu") -> int:
     from rich.table import Table
 
     from lockstep.kernels import KERNELS
-    from lockstep.scheme import Scheme
 
-    spec = Scheme.preset(scheme).weights
+    spec = Scheme.of(scheme).weights
     table = Table("operator", "kernel", "serves", f"{spec} on {device}")
     for kernel in KERNELS:
         reason = kernel.unavailable(spec, torch.device(device))
@@ -105,7 +117,7 @@ def kernels(scheme: str = "W4A16", device: str = "cpu") -> int:
     return 0
 
 
-def _trainer(args: list[str]) -> int:
+def _trainer(args: Sequence[str] | None) -> int:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
@@ -115,7 +127,7 @@ def _trainer(args: list[str]) -> int:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        args=args,
+        args=None if args is None else list(args),
     )
     return 0
 

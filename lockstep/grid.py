@@ -53,7 +53,7 @@ def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
     """``RN(code * scale)`` in the served dtype, in the shape of the codes: what the serving kernel multiplies with."""
     codes, scale = quantized
     groups = codes.unflatten(-1, (_num_groups(codes, spec), -1))
-    # The product of a 4-bit code and a 16-bit scale is exact in fp32, so this rounds once, as the kernel's multiply.
+    # A 4-bit code times a 16-bit scale is exact in fp32, so this rounds once, as the kernel's multiply does.
     return (groups.float() * scale.float().unsqueeze(-1)).to(spec.served_dtype).flatten(-2)
 
 

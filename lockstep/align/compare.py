@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,12 @@ from lockstep import grid, kernels
 from lockstep.align import metrics
 from lockstep.align.report import AlignmentReport, EndToEnd, LayerAlignment
 from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equal
-from lockstep.export.save import served_state, served_tensor
+from lockstep.export.save import quantization_config, served_state, served_tensor
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel
 from lockstep.qat.linear import QATLinear, compute_dtype
-from lockstep.qat.prepare import quantized_modules
-from lockstep.scheme import Scheme
+from lockstep.qat.prepare import quantized_modules, unwrapped
+from lockstep.scheme import Scheme, dtype_name
 
 # Rows of a layer's input that are multiplied in float64: enough for an error norm, cheap beside the forward.
 FLOAT64_ROWS = 256
@@ -53,26 +56,33 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         KernelUnavailable: the kernel cannot compute the scheme here.
         ValueError: the model is not prepared, a tensor is on ``meta``, or the batch reaches no quantized layer.
     """
+    model = unwrapped(model)
     layers = dict(quantized_modules(model))
     if not layers:
         raise ValueError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
     if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device: load weights into the model first.")
-    scheme = next(iter(layers.values())).scheme
-    device = next(iter(layers.values())).weight.device
+    first = next(iter(layers.values()))
+    scheme, device = first.scheme, first.weight.device
     true_kernel = kernels.find("linear", kernel, scheme.weights, device)
-    stored = _StoredModel(Checkpoint(checkpoint), layers, device)
+    stored = Checkpoint(checkpoint)
+    if not layers.keys() & {*stored.layers, *(name.removesuffix(".weight") for name in stored.tensors)}:
+        raise CheckpointError(
+            f"{checkpoint} holds another model: it has {stored.layers[0]}, the model has {next(iter(layers))}, and no "
+            "layer is in both."
+        )
 
-    rows, quantized = _compare_weights(layers, stored)
-    comparable = {name: layer for name, layer in layers.items() if name in quantized}
-    by_name = {row.name: row for row in rows}
+    rows, quantized = _compare_weights(layers, stored, device)
+    problems = _compare_config(model, scheme, stored) | _compare_plain(model, scheme, stored, device)
+    plain = _usable_plain_tensors(model, scheme, stored, device)
+    serve = {name: partial(_run, true_kernel, name, layers[name], weight) for name, weight in quantized.items()}
+    watch = {row.name: partial(_watch, row, layers[row.name], serve[row.name]) for row in rows if row.name in serve}
+    true = None
     with _as_served(model, scheme):
-        fake = _logits(model, batch, _watch(comparable, by_name, quantized, true_kernel))
-        true = None
-        if len(comparable) == len(layers):
-            plain = {name: stored.plain(name).to(device) for name in stored.plain_names(model)}
-            true = _logits(model, batch, _serve(comparable, quantized, true_kernel), plain)
-    if comparable and not any(row.outputs for row in rows):
+        fake = _logits(model, batch, watch)
+        if len(serve) == len(layers) and plain is not None:
+            true = _logits(model, batch, serve, plain)
+    if serve and not any(row.outputs for row in rows):
         raise ValueError("no quantized layer saw an input: the batch is empty, or the model does not call its layers.")
 
     return AlignmentReport(
@@ -80,40 +90,14 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         checkpoint=str(checkpoint),
         kernel=kernel,
         layers=rows,
-        plain_problems=_compare_plain(model, scheme, stored),
+        plain_problems=problems,
         end_to_end=None if true is None else _end_to_end(fake, true, batch),
         environment=_environment(device),
     )
 
 
-class _StoredModel:
-    """The checkpoint's side of the comparison, on the model's device."""
-
-    def __init__(self, checkpoint: Checkpoint, layers: Mapping[str, QATLinear], device: torch.device) -> None:
-        self.checkpoint, self.device = checkpoint, device
-        known = [name for name in layers if any(tensor.startswith(f"{name}.") for tensor in checkpoint.tensors)]
-        if not known:
-            raise CheckpointError(
-                f"{checkpoint.directory} holds another model: it has {checkpoint.layers[0]}, the model has "
-                f"{next(iter(layers))}, and no layer is in both."
-            )
-
-    def layer(self, name: str) -> Quantized:
-        """Codes and scales from the stored words."""
-        codes, scale = self.checkpoint.layer(name)
-        return Quantized(codes.to(self.device), scale.to(self.device))
-
-    def plain(self, name: str) -> Tensor:
-        """A tensor that is stored unquantized."""
-        return self.checkpoint.tensor(name).to(self.device)
-
-    def plain_names(self, model: nn.Module) -> list[str]:
-        """Stored unquantized tensors that the model has too."""
-        return [name for name in self.checkpoint.plain_tensors() if name in model.state_dict()]
-
-
 def _compare_weights(
-    layers: Mapping[str, QATLinear], stored: _StoredModel
+    layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
 ) -> tuple[list[LayerAlignment], dict[str, Quantized]]:
     """Each layer's stored weight against the trained one, and the stored weights that a kernel can run."""
     rows, readable, fingerprints = [], {}, {}
@@ -124,14 +108,15 @@ def _compare_weights(
         trained = grid.quantize(layer.weight, spec)
         fingerprints[_fingerprint(trained)] = name
         try:
-            found = stored.layer(name)
+            codes, scale = stored.layer(name)
         except CheckpointError as error:
             row.problem = str(error).removeprefix(f"{name}: ")
             continue
+        found = Quantized(codes.to(device), scale.to(device))
         if found.codes.shape != trained.codes.shape:
             row.problem = f"stored weight is {list(found.codes.shape)}, trained {list(trained.codes.shape)}"
         elif found.scale.shape != trained.scale.shape:
-            row.problem = f"stored with {stored.checkpoint.scheme}, trained with {layer.scheme}"
+            row.problem = f"stored with {stored.scheme}, trained with {layer.scheme}"
         else:
             readable[name] = found
             row.weight_equal = all(bitwise_equal(a, b) for a, b in zip(found, trained, strict=True))
@@ -170,18 +155,54 @@ def _fingerprint(quantized: Quantized) -> bytes:
     return hashlib.sha256(repr(tuple(quantized.codes.shape)).encode() + scale.numpy().tobytes()).digest()
 
 
-def _compare_plain(model: nn.Module, scheme: Scheme, stored: _StoredModel) -> dict[str, str]:
-    """What is wrong with the tensors that are stored unquantized, by name."""
-    quantized_weights = {f"{name}.weight" for name, _ in quantized_modules(model)}
-    names = set(stored.checkpoint.tensors)
+def _compare_config(model: Any, scheme: Scheme, stored: Checkpoint) -> dict[str, str]:
+    """What ``config.json`` says otherwise than an export of this model would. Foreign ones have their own words."""
     problems = {}
+    declared = stored.config["quantization_config"]
+    if "lockstep" in declared and stored.scheme == scheme:  # another scheme is named layer by layer
+        expected = json.loads(json.dumps(quantization_config(model, stored.format)))
+        for key in expected.keys() | declared.keys():
+            if expected.get(key) != declared.get(key):
+                problems[f"config.json, quantization_config.{key}"] = (
+                    f"{declared.get(key)}, trained {expected.get(key)}"
+                )
+    dtype = stored.config.get("dtype", stored.config.get("torch_dtype"))
+    if dtype not in (None, dtype_name(scheme.weights.served_dtype)):
+        problems["config.json, dtype"] = f"{dtype}, trained to be served in {dtype_name(scheme.weights.served_dtype)}"
+    if hasattr(model, "config") and hasattr(model.config, "to_dict"):
+        trained = model.config.to_dict()
+        found = type(model.config).from_dict(dict(stored.config)).to_dict()
+        for key in sorted(trained.keys() - _NOT_THE_MODEL):
+            if trained[key] != found.get(key):
+                problems[f"config.json, {key}"] = f"{found.get(key)}, trained {trained[key]}"
+    return problems
+
+
+# Entries of a transformers config that do not change what the model computes.
+_NOT_THE_MODEL = {
+    "quantization_config",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+}
+
+
+def _compare_plain(model: nn.Module, scheme: Scheme, stored: Checkpoint, device: torch.device) -> dict[str, str]:
+    """What is wrong with the tensors that are stored unquantized, by name."""
+    modules = model.named_modules(remove_duplicate=False)
+    quantized = {name for name, module in modules if isinstance(module, QATLinear)}
+    known = set(model.state_dict())
+    problems = {name: "is not in the model" for name in stored.plain_tensors() if name not in known}
+    problems |= {name: "is not in the model" for name in stored.layers if f"{name}.weight" not in known}
     for key, tensor in served_state(model).items():
-        if key in quantized_weights:
+        if key.removesuffix(".weight") in quantized:
             continue
-        if key not in names:
+        if key not in stored.tensors:
             problems[key] = "is not in the checkpoint"
             continue
-        expected, found = served_tensor(model, key, tensor, scheme), stored.plain(key)
+        expected, found = served_tensor(model, key, tensor, scheme), stored.tensor(key).to(device)
         if found.dtype != expected.dtype or found.shape != expected.shape:
             problems[key] = (
                 f"stored as {list(found.shape)} {found.dtype}, trained as {list(expected.shape)} {expected.dtype}"
@@ -189,45 +210,45 @@ def _compare_plain(model: nn.Module, scheme: Scheme, stored: _StoredModel) -> di
         elif not bitwise_equal(found, expected):
             differing = int((found != expected).sum())
             problems[key] = f"{differing} of {found.numel()} values differ from the trained ones"
+    for key, buffer in model.named_buffers():
+        if key.endswith("inv_freq") and buffer.dtype != torch.float32:
+            problems[key] = (
+                f"rotary frequencies are {buffer.dtype} in training, engines compute them in float32: `.to(dtype)` "
+                "on a whole model, or Lightning's bf16-true, rounded them"
+            )
     return problems
 
 
-Replacement = Callable[[nn.Module, Tensor], Tensor]
+def _usable_plain_tensors(
+    model: nn.Module, scheme: Scheme, stored: Checkpoint, device: torch.device
+) -> dict[str, Tensor] | None:
+    """The stored unquantized tensors that the model has, under the first of its names; None if one does not fit."""
+    own = dict((*model.named_parameters(), *model.named_buffers()))
+    plain = {name: stored.tensor(name).to(device) for name in stored.plain_tensors() if name in own}
+    for name, tensor in plain.items():
+        if (tensor.shape, tensor.dtype) != (own[name].shape, served_tensor(model, name, own[name], scheme).dtype):
+            return None
+    return plain
 
 
-def _watch(
-    layers: Mapping[str, QATLinear], rows: Mapping[str, LayerAlignment], stored: Mapping[str, Quantized], kernel: Kernel
-) -> dict[QATLinear, Replacement]:
-    """Forwards that compute as the layer does, and compare with the true kernel on the way."""
-
-    def watched(name: str, layer: QATLinear) -> Replacement:
-        def forward(_: nn.Module, x: Tensor) -> Tensor:
-            fake = QATLinear.forward(layer, x)
-            _measure(rows[name], layer, x, fake, _run(kernel, layer, x, stored[name], fake.dtype))
-            return fake
-
-        return forward
-
-    return {layer: watched(name, layer) for name, layer in layers.items()}
+Forward = Callable[[Tensor], Tensor]
 
 
-def _serve(
-    layers: Mapping[str, QATLinear], stored: Mapping[str, Quantized], kernel: Kernel
-) -> dict[QATLinear, Replacement]:
-    """Forwards that run the true kernel on the stored words."""
-
-    def served(name: str, layer: QATLinear) -> Replacement:
-        def forward(_: nn.Module, x: Tensor) -> Tensor:
-            return _run(kernel, layer, x, stored[name], compute_dtype(x))
-
-        return forward
-
-    return {layer: served(name, layer) for name, layer in layers.items()}
-
-
-def _run(kernel: Kernel, layer: QATLinear, x: Tensor, stored: Quantized, dtype: torch.dtype) -> Tensor:
+def _run(kernel: Kernel, name: str, layer: QATLinear, stored: Quantized, input: Tensor) -> Tensor:
+    """The true kernel on the stored words."""
+    dtype = compute_dtype(input)
     bias = None if layer.bias is None else layer.bias.to(dtype)
-    return kernel.run(x.to(dtype), stored, layer.scheme.weights, bias)
+    try:
+        return kernel.run(input.to(dtype), stored, layer.scheme.weights, bias)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _watch(row: LayerAlignment, layer: QATLinear, serve: Forward, input: Tensor) -> Tensor:
+    """Compute as the layer does, and compare with the true kernel on the way."""
+    fake = QATLinear.forward(layer, input)
+    _measure(row, layer, input, fake, serve(input))
+    return fake
 
 
 def _measure(row: LayerAlignment, layer: QATLinear, x: Tensor, fake: Tensor, true: Tensor) -> None:
@@ -239,7 +260,8 @@ def _measure(row: LayerAlignment, layer: QATLinear, x: Tensor, fake: Tensor, tru
     share = outputs / row.outputs
     row.equal += ((fake == true).double().mean().item() - row.equal) * share
     row.max_ulps = max(row.max_ulps, int(metrics.ulps(fake, true).max()))
-    row.difference = max(row.difference, metrics.relative_error(true, fake))
+    differences = (row.difference, metrics.relative_error(true, fake))
+    row.difference = math.nan if any(map(math.isnan, differences)) else max(differences)
     if seen == 0:
         sample, truth = _float64(layer, x)
         row.fake_error = metrics.relative_error(fake.reshape(-1, fake.shape[-1])[sample], truth)
@@ -279,20 +301,22 @@ def _as_served(model: nn.Module, scheme: Scheme) -> Iterator[None]:
 
 
 def _logits(
-    model: nn.Module,
-    batch: Batch,
-    forwards: Mapping[QATLinear, Replacement],
-    tensors: Mapping[str, Tensor] | None = None,
+    model: nn.Module, batch: Batch, forwards: Mapping[str, Forward], tensors: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """The model's logits with some layers' forwards, and some parameters and buffers, replaced for this call."""
-    for layer, forward in forwards.items():
-        layer.forward = forward.__get__(layer)  # type: ignore[method-assign, attr-defined]
+    layers = {name: model.get_submodule(name) for name in forwards}
+    # An instance may have a forward of its own by now, as accelerate's hooks set it.
+    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.forward = forwards[name]
     try:
         args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
         output = functional_call(model, dict(tensors or {}), args, kwargs)
     finally:
-        for layer in forwards:
+        for name, layer in layers.items():
             del layer.forward
+            if own[name] is not None:
+                setattr(layer, "forward", own[name])  # noqa: B010
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model returned {type(output).__name__}: alignment needs logits or a tensor.")
@@ -304,10 +328,12 @@ def _end_to_end(fake: Tensor, true: Tensor, batch: Batch) -> EndToEnd:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == fake.shape[:-1]:
         own, other, tokens = fake[..., :-1, :], true[..., :-1, :], ids[..., 1:].long()
-        mask = None if mask is None else mask[..., 1:].bool()
+        mask = None if mask is None else (mask[..., :-1] & mask[..., 1:]).bool()
     else:
         own, other, tokens, mask = fake, true, fake.argmax(-1), None
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    if not keep.any():
+        raise ValueError("no position to compare: the batch needs sequences of two unmasked tokens or more.")
     own, other, tokens = own[keep], other[keep], tokens[keep]
     logprobs, other_logprobs = metrics.token_logprobs(own, tokens), metrics.token_logprobs(other, tokens)
     difference = (logprobs - other_logprobs).abs()

@@ -45,7 +45,7 @@ def page(report: AlignmentReport) -> str:
 def _end_to_end(report: AlignmentReport) -> str:
     result = report.end_to_end
     if result is None:
-        return "<p>Not computed: some layers of the checkpoint cannot be read.</p>"
+        return "<p>Not computed: some tensors of the checkpoint cannot be used.</p>"
     rows = [
         ("positions compared", f"{result.positions}"),
         ("mean |log-probability difference|, nats", f"{result.mean_logprob_difference:.3e}"),
@@ -60,7 +60,7 @@ def _end_to_end(report: AlignmentReport) -> str:
 
 def _layers(report: AlignmentReport) -> str:
     header = ("layer", "weight", "outputs bit-equal", "max ulps", "difference", "error of fake", "error of true")
-    rows = []
+    rows, failures = [], report.failures()
     for layer in report.layers:
         measured = (
             f"{layer.equal:.4%}",
@@ -70,7 +70,8 @@ def _layers(report: AlignmentReport) -> str:
             f"{layer.true_error:.3e}",
         )
         weight = "equal" if layer.weight_equal else "differs"
-        rows.append((not layer.weight_equal, (layer.name, weight, *(measured if layer.outputs else ["-"] * 5))))
+        bad = any(line.startswith(f"{layer.name}:") for line in failures)
+        rows.append((bad, (layer.name, weight, *(measured if layer.outputs else ["-"] * 5))))
     return _table(header, rows)
 
 

@@ -17,7 +17,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """``norm(value - truth) / norm(truth)`` in float64; 0 if both are zero."""
     truth = truth.double()
     error = (value.double() - truth).norm()
-    return (error / truth.norm()).item() if error > 0 else 0.0
+    return 0.0 if error == 0 else (error / truth.norm()).item()
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -28,13 +28,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
     """``KL(softmax(logits) || softmax(other))`` at each position ``[...]``, in fp32 nats."""
     p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    # Both sum to 1, so this is sum(p log(p / q)), in terms that are never negative and do not cancel.
+    return (p.exp() * k3(p, q)).sum(-1)
 
 
 def k3(logprobs: Tensor, other: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL from samples of `logprobs`: ``r - 1 - log r``, ``r = other / own``."""
     log_ratio = other - logprobs
-    return log_ratio.exp() - 1 - log_ratio
+    return log_ratio.expm1() - log_ratio
 
 
 def _ordered(x: Tensor) -> Tensor:

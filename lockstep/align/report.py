@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class AlignmentReport:
                     )
         found += [f"{name}: {problem}" for name, problem in self.plain_problems.items()]
         if self.end_to_end is None:
-            found.append("end to end: not computed, since some layers cannot be read")
+            found.append("end to end: not computed, since some tensors cannot be used")
         elif not self.end_to_end.mean_logprob_difference <= max_mean_logprob_difference:
             found.append(
                 f"end to end: mean |log-probability difference| {self.end_to_end.mean_logprob_difference:.2e} "
@@ -166,7 +167,7 @@ class AlignmentReport:
         """Write the report to `path`: ``.json``, or ``.html`` for one self-contained page with plots."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2))
+            path.write_text(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False))
         elif path.suffix == ".html":
             from lockstep.align.html import page
 
@@ -204,6 +205,15 @@ class AlignmentReport:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as strings, since JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(end_to_end: EndToEnd) -> str:

@@ -15,7 +15,7 @@ from lockstep import grid
 from lockstep.export.directory import ExportError, check_destination
 from lockstep.export.save import check_exportable, save_pretrained
 from lockstep.qat import statistics
-from lockstep.qat.prepare import prepare, quantized_modules, unprepare
+from lockstep.qat.prepare import prepare, quantized_modules, unprepare, unwrapped
 from lockstep.scheme import Scheme
 
 
@@ -76,6 +76,7 @@ class QATCallback(Callback):
         self._quantized = False
         self._logged_step = 0
         self._logged_codes: dict[str, Tensor] = {}
+        self._rotary: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Arrange for the layers to be switched as soon as the model is there, before the optimizer."""
@@ -89,13 +90,34 @@ class QATCallback(Callback):
 
         pl_module.configure_model = configure_and_prepare  # type: ignore[method-assign]
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the arrangement of `setup` back if the run ended before it was used."""
+        vars(pl_module).pop("configure_model", None)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo what ``bf16-true`` did to the rotary frequencies."""
+        self._restore_rotary(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run does not log the step that it resumes from."""
+        self._logged_step = trainer.global_step
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the layers when training reaches `start_step`."""
         self._follow_schedule(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate with the layers as they train, in the sanity check of a resumed run too."""
+        self._restore_rotary(pl_module)
         self._follow_schedule(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in `on_fit_start`."""
+        self._restore_rotary(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in `on_fit_start`."""
+        self._restore_rotary(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,8 +127,9 @@ class QATCallback(Callback):
         if not self.log_every_n_steps or step % self.log_every_n_steps or step == self._logged_step:
             return
         self._logged_step = step
-        if trainer.is_global_zero and self._quantized:
-            metrics = self._statistics(served_model(pl_module))
+        if self._quantized:
+            own = self._statistics(served_model(pl_module)) if trainer.is_global_zero else {}
+            metrics = trainer.strategy.broadcast(own)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -115,9 +138,10 @@ class QATCallback(Callback):
         """Export, after the trainer has written its own checkpoints."""
         if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not self._quantized:
+        if self.start_step and trainer.global_step <= self.start_step:
             raise ExportError(
-                f"nothing to export: training ended at step {trainer.global_step}, before start_step={self.start_step}."
+                f"nothing trained quantized: training ended at step {trainer.global_step}, with "
+                f"start_step={self.start_step}."
             )
         if trainer.is_global_zero:
             tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
@@ -132,16 +156,26 @@ class QATCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = served_model(pl_module)
+        self._rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
         first = not any(quantized_modules(model))
         report = prepare(model, self.scheme, self.targets, self.ignore)
         if first:
             rank_zero_info(str(report))
         if trainer.state.fn == TrainerFn.FITTING:
-            self._logged_step, self._logged_codes = 0, {}
+            self._logged_codes = {}
             if self.export_dir is not None:
                 check_destination(self.export_dir, self.overwrite)
                 check_exportable(model, self.export_format)
         self._quantized = True
+
+    def _restore_rotary(self, pl_module: LightningModule) -> None:
+        """Engines compute rotary frequencies in fp32; Lightning's ``bf16-true`` rounds every buffer of the model."""
+        model = served_model(pl_module)
+        for name, exact in self._rotary.items():
+            owner, _, leaf = name.rpartition(".")
+            rounded = model.get_buffer(name)
+            if rounded.dtype != exact.dtype:
+                setattr(model.get_submodule(owner), leaf, exact.to(rounded.device))
 
     def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = trainer.state.fn != TrainerFn.FITTING or trainer.global_step >= self.start_step
@@ -171,12 +205,13 @@ class QATCallback(Callback):
 
 def served_model(pl_module: LightningModule) -> nn.Module:
     """The module that is prepared and exported: the transformers model, the only child, or the LightningModule."""
-    children = [getattr(child, "_orig_mod", child) for child in pl_module.children()]  # torch.compile wraps
+    children = [unwrapped(child) for child in pl_module.children()]
     children = [child for child in children if any(True for _ in child.parameters())]
     transformers_models = [
-        child for child in children if hasattr(child, "save_pretrained") and hasattr(child, "config")
+        model for model in children if hasattr(model, "save_pretrained") and hasattr(model, "config")
     ]
-    for candidates in (transformers_models, children):
-        if len(candidates) == 1:
-            return candidates[0]
-    return pl_module
+    if len(transformers_models) == 1:
+        return transformers_models[0]
+    alone = len(children) == 1 and not list(pl_module.parameters(recurse=False))
+    # A bare layer has no names in it.
+    return children[0] if alone and list(children[0].children()) else pl_module

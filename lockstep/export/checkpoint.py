@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lockstep.export import formats
 from lockstep.grid import Quantized
-from lockstep.scheme import Scheme, dtype_name
+from lockstep.scheme import DTYPES, Scheme, dtype_name
 
 
 class CheckpointError(ValueError):
@@ -43,7 +44,10 @@ class Checkpoint:
             self.format = formats.declared(quantization)
             self._layout = formats.find(self.format)
             self.scheme: Scheme = self._layout.scheme(quantization)
-        except (ValueError, KeyError) as error:
+            if "lockstep" not in quantization:  # somebody else's: the model's dtype is the scales' and the served one
+                dtype = DTYPES[self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"]
+                self.scheme = Scheme(replace(self.scheme.weights, scale_dtype=dtype, served_dtype=dtype))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.directory}/config.json, quantization_config: {error}") from error
         self._files = _tensor_files(self.directory)
         marker = "." + self._layout.TENSORS[0]
@@ -85,10 +89,11 @@ class Checkpoint:
         stored = {suffix: self.tensor(f"{name}.{suffix}") for suffix in self._layout.TENSORS}
         try:
             quantized = self._layout.read(stored, spec)
-        except (ValueError, RuntimeError) as error:
+            problem = self._contradiction(quantized, stored)
+        except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             shapes = ", ".join(f"{suffix} {list(tensor.shape)}" for suffix, tensor in stored.items())
             raise CheckpointError(f"{name}: {shapes} do not unpack as {self.format}: {error}") from error
-        if problem := self._contradiction(quantized, stored):
+        if problem:
             raise CheckpointError(f"{name}: {problem}.")
         return quantized
 

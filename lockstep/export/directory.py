@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -22,7 +22,10 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
     Raises:
         ExportError: it is a file, or holds something that is not an earlier export to be overwritten.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).expanduser().absolute()
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(f"cannot write to {target}: {parent} is not a directory in which one may write.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ExportError(f"{target} is a file or a link: name a new directory.")
     if target.is_dir() and any(target.iterdir()):
@@ -47,28 +50,34 @@ def replacing(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = check_destination(directory, overwrite)
     incomplete = target.parent / f".{target.name}.incomplete"
-    try:
-        incomplete.mkdir(parents=True, exist_ok=True)
-        lock = os.open(incomplete, os.O_RDONLY)
-    except OSError as error:
-        raise ExportError(f"cannot write to {target}: {error}") from error
-    try:
+    with ExitStack() as locks:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            incomplete.mkdir(parents=True, exist_ok=True)
+            _lock(incomplete, locks)
+            if target.exists():
+                _lock(target, locks)  # after the exchange it stands under the other name until it is removed
         except BlockingIOError:
             raise ExportError(f"another process is exporting to {target}.") from None
+        except OSError as error:
+            raise ExportError(f"cannot write to {target}: {error}") from error
         try:
             _empty(incomplete)
+            _recover(target)
             yield incomplete
-            _sync(incomplete)
+            _sync(*incomplete.rglob("*"), incomplete)
             _take_place(incomplete, target)
         except OSError as error:
             raise ExportError(f"could not write {target}, which is as it was: {error}") from error
         finally:
             # Here lies what failed, or the export that was replaced.
             shutil.rmtree(incomplete, ignore_errors=True)
-    finally:
-        os.close(lock)
+
+
+def _lock(directory: Path, locks: ExitStack) -> None:
+    """Hold `directory` against other processes until `locks` closes. Raises BlockingIOError if one holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    locks.callback(os.close, descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_export(directory: Path) -> bool:
@@ -76,7 +85,8 @@ def _is_export(directory: Path) -> bool:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return "lockstep" in (config.get("quantization_config") or {})
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and "lockstep" in quantization
 
 
 def _empty(directory: Path) -> None:
@@ -84,8 +94,8 @@ def _empty(directory: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _sync(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory):
+def _sync(*paths: Path) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -98,11 +108,28 @@ def _take_place(new: Path, target: Path) -> None:
         new.rename(target)
     elif not _exchange(new, target):
         # A file system that cannot exchange two names in one step: the old export is away for an instant.
-        old = target.with_name(f".{target.name}.replaced")
+        old = _replaced(target)
         target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
         old.rename(new)
-    _sync_names(target.parent)
+    _sync(target.parent)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _recover(target: Path) -> None:
+    """Put back, or remove, the old export that a kill between the renames of `_take_place` left beside `target`."""
+    old = _replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -110,11 +137,3 @@ def _exchange(first: Path, second: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, exchange = -100, 2
     return renameat2 is not None and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0
-
-
-def _sync_names(parent: Path) -> None:
-    descriptor = os.open(parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

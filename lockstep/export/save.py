@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lockstep import grid
 from lockstep.export import formats
@@ -24,6 +25,7 @@ from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError, replacing
 from lockstep.kernels import reference
 from lockstep.qat.linear import QATLinear
+from lockstep.qat.prepare import unwrapped
 from lockstep.scheme import Scheme, dtype_name
 
 # Engines run these as one layer, so they must be quantized alike.
@@ -40,6 +42,7 @@ def stream(model: nn.Module, format: str = "pack-quantized") -> Iterator[tuple[s
         ExportError: `check_exportable` refuses the model, a tensor is on ``meta``, a value is NaN or infinite, or a
             layer's words do not give back the weight that it trained with.
     """
+    model = unwrapped(model)
     check_exportable(model, format)
     scheme, layers = _layers(model)
     layout = formats.find(format)
@@ -47,6 +50,8 @@ def stream(model: nn.Module, format: str = "pack-quantized") -> Iterator[tuple[s
     for key, tensor in served_state(model).items():
         if tensor.is_meta:
             raise ExportError(f"{key} is on the meta device: load weights into the model first.")
+        if isinstance(tensor, DTensor) or (key in parameters and not tensor.numel()):
+            raise ExportError(f"{key} is sharded over ranks: this version exports whole models only.")
         owner, _, leaf = key.rpartition(".")
         if leaf == "weight" and owner in layers:
             _check_finite(key, tensor)
@@ -88,6 +93,7 @@ def save_pretrained(
         ExportError: see `stream` and `directory.replacing`.
         ValueError: an unknown format or size.
     """
+    model = unwrapped(model)
     check_exportable(model, format)
     limit = _bytes(max_shard_size)
     with replacing(directory, overwrite) as incomplete:
@@ -173,9 +179,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def _check_fused(model: nn.Module, layers: dict[str, QATLinear]) -> None:
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in linear:
-        parent, _, leaf = name.rpartition(".")
+        leaf = name.rpartition(".")[2]
+        parent = name.removesuffix(leaf)
         for parts in FUSED:
-            siblings = [f"{parent}.{part}" for part in parts if leaf in parts and f"{parent}.{part}" in linear]
+            siblings = [parent + part for part in parts if leaf in parts and parent + part in linear]
             plain = [sibling for sibling in siblings if sibling not in layers]
             if plain and len(plain) < len(siblings):
                 raise ExportError(
@@ -212,8 +219,9 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, limit:
             flush()
             filled = 0
         # A copy of its own where two names share memory, which safetensors does not store.
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
-        shard[name] = tensor.clone() if shared else tensor.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        shared = any(memory == other.untyped_storage().data_ptr() for other in shard.values())
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         filled += size
         total += size
     flush()
@@ -230,10 +238,17 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, limit:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_config(model: Any, directory: Path, format: str) -> None:
+def quantization_config(model: nn.Module, format: str) -> dict[str, Any]:
+    """What ``config.json`` says of the quantization of a prepared `model`, in the words of `format`."""
     scheme, layers = _layers(model)
-    ignored = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    quantization = formats.find(format).config(scheme, list(layers), ignored)
+    modules = model.named_modules(remove_duplicate=False)
+    ignored = [name for name, module in modules if isinstance(module, nn.Linear) and name not in layers]
+    return formats.find(format).config(scheme, list(layers), ignored)
+
+
+def _write_config(model: Any, directory: Path, format: str) -> None:
+    scheme, _ = _layers(model)
+    quantization = quantization_config(model, format)
     if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
         config: Any = copy.deepcopy(model.config)
         config.dtype = dtype_name(scheme.weights.served_dtype)

@@ -16,6 +16,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`: int32 words ``[..., n]`` to int8 codes ``[..., n * 32 / bits]``."""
+    if words.dtype != torch.int32:
+        raise ValueError(f"packed words are int32, found {words.dtype}")
     fields = words.contiguous().view(torch.uint8)
     if bits == 4:
         fields = torch.stack([fields & 0xF, fields >> 4], dim=-1).flatten(-2)

@@ -65,6 +65,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         return reference.gemm(x, reference.fake_quantize(weight, spec), None, bias)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors

@@ -98,7 +98,7 @@ def prepare(
 
     Nothing is changed when it raises.
     """
-    scheme = Scheme.of(scheme)
+    scheme, model = Scheme.of(scheme), unwrapped(model)
     targets, ignore = _patterns(targets), _patterns(ignore)
     modules = dict(model.named_modules())
     matched = _matching(modules, targets)
@@ -114,6 +114,12 @@ def prepare(
     chosen = {name: modules[name] for names in matched.values() for name in names if name not in reasons}
     if not chosen:
         raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={list(targets)} match.")
+    heads = [name for name in chosen if name.endswith(".lm_head")]
+    if heads and "lm_head" in ignore:
+        raise ValueError(
+            f"ignore='lm_head' does not cover {heads[0]}: names start at the module that is prepared. Prepare "
+            "the language model itself, or name the head as 're:.*lm_head$'."
+        )
     for name, module in chosen.items():
         _check(name, module, scheme, parent=modules[name.rpartition(".")[0]])
     for name, module in quantized_modules(model):
@@ -138,6 +144,14 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             yield name, module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s or data parallelism's wrapper, with the names that engines know."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while (inner := getattr(model, "_orig_mod", model.module if isinstance(model, parallel) else None)) is not None:
+        model = inner
+    return model
 
 
 def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> None:

@@ -41,12 +41,16 @@ class CausalLM(LightningModule):
     @property
     def tokenizer(self) -> Any:
         """The datamodule's tokenizer, saved along with the checkpoints."""
-        return getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        datamodule = getattr(self._trainer, "datamodule", None)  # there is no trainer in load_from_checkpoint
+        return getattr(datamodule, "tokenizer", None)
 
     def configure_model(self) -> None:
         """Build or load the model, with fp32 masters."""
         if self.model is None:
             self.model = load_model(self.hparams["model"], self.tokenizer)
+        vocabulary = self.model.config.vocab_size
+        if self.tokenizer is not None and len(self.tokenizer) > vocabulary:
+            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, the model a vocabulary of {vocabulary}.")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next tokens."""
@@ -57,7 +61,7 @@ class CausalLM(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same on held-out text."""
         loss = self.model(**batch).loss
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity from the mean loss."""
@@ -112,6 +116,7 @@ def load_model(name: str | None, tokenizer: Any = None) -> Any:
         )
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     path = Path(name)
-    if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors"))):
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    if path.is_file() or (path.is_dir() and not has_weights):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)

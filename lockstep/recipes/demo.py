@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import platform
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -177,7 +178,7 @@ def table(results: list[Result]) -> Table:
     """The result: perplexities, sizes and the verdict; mean and standard deviation over several seeds."""
 
     def over_seeds(values: list[float], form: str) -> str:
-        spread = f" ± {format(stdev(values), form)}" if len(values) > 1 else ""
+        spread = f" ± {format(stdev(values), form.lstrip('+'))}" if len(values) > 1 else ""
         return format(mean(values), form) + spread
 
     def increase(name: str) -> str:
@@ -235,6 +236,16 @@ def plot(results: list[Result], curves: dict[str, list[tuple[int, float]]], path
     figure.savefig(path, dpi=150)
 
 
+def machine() -> str:
+    """The processor and the threads that PyTorch uses."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
     """Run the demo and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,7 +264,7 @@ def main() -> None:
         results.append(result)
     plot(results, curves, options.output / "perplexity.png")
     environment = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (lockstep, torch, transformers, lightning)},
     }
@@ -270,6 +281,7 @@ def main() -> None:
         ("figures", options.output / "results.json"),
     ):
         console.print(f"{what}: {path}", highlight=False)
+    sys.exit(not all(result.aligned for result in results))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ class TextData(LightningDataModule):
     Args:
         files: text files or directories (read recursively for ``.py``, ``.txt`` and ``.md``). Without `files` and
             `dataset`: the Python standard library's sources, tests left out.
-        dataset: name of a Hugging Face dataset with a ``text`` column (needs the ``datasets`` package).
-        tokenizer: folder or hub name of a tokenizer. Without one: a byte-level BPE trained on the training text.
+        dataset: Hugging Face dataset with a ``text`` column, ``"name"`` or ``"name:configuration"``, instead of `files`
+            (needs the ``datasets`` package).
+        tokenizer: folder or hub name of a tokenizer with an end token. Without one: a byte-level
+            BPE trained on the training text.
         vocab_size: of the tokenizer trained here.
         block_size: tokens in a sample.
         batch_size: samples in a batch.
@@ -52,6 +54,8 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if files and dataset:
+            raise ValueError("give files or dataset, not both.")
         self.files, self.dataset, self.tokenizer_name = files, dataset, tokenizer
         self.vocab_size, self.block_size, self.batch_size = vocab_size, block_size, batch_size
         self.max_bytes, self.num_workers = max_bytes, num_workers
@@ -94,7 +98,7 @@ class TextData(LightningDataModule):
         if self.dataset is not None:
             from datasets import load_dataset
 
-            for number, row in enumerate(load_dataset(self.dataset, split="train")):
+            for number, row in enumerate(load_dataset(*self.dataset.split(":", 1), split="train")):
                 yield str(number), row["text"]
         elif self.files:
             yield from _read(self.files)
@@ -158,9 +162,10 @@ def _limited(texts: list[str], max_bytes: int) -> list[str]:
     """The texts that fit into `max_bytes` one after the other, too large ones passed over; all of them for 0."""
     kept, total = [], 0
     for text in texts:
-        if not max_bytes or total + len(text) <= max_bytes:
+        size = len(text.encode())
+        if not max_bytes or total + size <= max_bytes:
             kept.append(text)
-            total += len(text)
+            total += size
     return kept
 
 
@@ -174,7 +179,10 @@ def _tokenizer(name: str | None, vocab_size: int, texts: list[str]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name is not None:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer {name} has no end token, which ends each text.")
+        return tokenizer
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
