@@ -225,9 +225,9 @@ def test_marlin_scales_are_in_the_order_of_the_kernel(groups):
 @pytest.mark.parametrize(
     ("name", "n", "k", "message"),
     [
-        ("pack-quantized", 24, 100, "K=100 is not a multiple of 8"),
-        ("gptq", 24, 100, "K=100 is not a multiple of 8"),
-        ("gptq", 20, 96, "N=20 is not a multiple of 8"),
+        ("pack-quantized", 32, 100, "N=32, K=100: the engines' INT4 kernels need multiples of 32"),
+        ("gptq", 32, 100, "N=32, K=100: the engines' INT4 kernels need multiples of 32"),
+        ("gptq", 20, 96, "N=20, K=96: the engines' INT4 kernels need multiples of 32"),
         ("marlin", 64, 64, "N=64, K=64: Marlin needs"),
         ("marlin", 96, 128, "N=96, K=128: Marlin needs"),
     ],

@@ -499,8 +499,12 @@ REFUSALS = {
         {},
         r"holds scales in the served dtype torch\.bfloat16 and would round the torch\.float32 ones",
     ),
-    "word": (lambda: single(100, 64), {}, "odd cannot be stored as pack-quantized: K=100 .*Name it in ignore"),
-    "gptq": (lambda: single(128, 20), {"format": "gptq"}, "odd cannot be stored as gptq: N=20 is not a multiple of 8"),
+    "word": (lambda: single(100, 64), {}, "odd cannot be stored as pack-quantized: N=64, K=100.*Name it in ignore"),
+    "gptq": (
+        lambda: single(128, 20),
+        {"format": "gptq"},
+        "odd cannot be stored as gptq: N=20, K=128: .* multiples of 32",
+    ),
     "marlin": (lambda: single(128, 96), {"format": "marlin"}, "odd cannot be stored as marlin: N=96, K=128: Marlin"),
     "marlin fp32": (
         lambda: prepared(TinyMlp(dtype=FP32), grouped(scale_dtype=FP32, served_dtype=FP32)),

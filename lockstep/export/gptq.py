@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.export import words
+from lockstep.export import pack_quantized, words
 from lockstep.grid import Quantized
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -27,12 +27,8 @@ TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def problem(n: int, k: int, spec: TensorSpec) -> str | None:
-    """Why a layer of N outputs and K inputs cannot be stored, or None."""
-    per_word = 32 // spec.bits
-    for name, size in (("N", n), ("K", k)):
-        if size % per_word:
-            return f"{name}={size} is not a multiple of {per_word}, the codes in a word"
-    return None
+    """Why no engine's kernel takes a layer of N outputs and K inputs, or None: the same kernels as `pack_quantized`."""
+    return pack_quantized.problem(n, k, spec)
 
 
 def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:

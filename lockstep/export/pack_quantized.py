@@ -22,12 +22,17 @@ from lockstep.grid import Quantized
 from lockstep.scheme import Scheme, TensorSpec
 
 TENSORS = ("weight_packed", "weight_scale", "weight_shape")
+TILE = 32
 
 
 def problem(n: int, k: int, spec: TensorSpec) -> str | None:
-    """Why a layer of N outputs and K inputs cannot be stored, or None."""
-    per_word = 32 // spec.bits
-    return f"K={k} is not a multiple of {per_word}, the codes in a word" if k % per_word else None
+    """Why no engine's kernel takes a layer of N outputs and K inputs, or None.
+
+    vLLM's CPU kernel needs multiples of 32, its Marlin pads to whole tiles; SGLang's needs `marlin.problem`'s shapes.
+    """
+    if n % TILE or k % TILE:
+        return f"N={n}, K={k}: the engines' INT4 kernels need multiples of {TILE}"
+    return None
 
 
 def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:
