@@ -78,7 +78,17 @@ class EndToEnd:
 
 @dataclass
 class AlignmentReport:
-    """The result of `lockstep.align.compare`. Print it, `save` it, or let CI call `assert_aligned`."""
+    """The result of `lockstep.align.compare`. Print it, `save` it, or let CI call `assert_aligned`.
+
+    Attributes:
+        scheme: what the model trained with.
+        checkpoint: the folder.
+        kernel: name of the true kernel.
+        layers: a row for each quantized layer.
+        plain_problems: what is wrong with each unquantized tensor and entry of ``config.json`` that differs, by name.
+        end_to_end: the model's outputs; None if some stored tensor cannot be used.
+        environment: versions and device.
+    """
 
     scheme: Scheme
     checkpoint: str
