@@ -6,7 +6,7 @@ ENGINE := .venv-engine
 
 .PHONY: demo test test-engine lint docs bench
 
-demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: under 5 minutes on 2 cores
+demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: about 4 minutes on 2 cores, installation not counted
 	$(BIN)/python -m lockstep.recipes.demo
 
 test: $(VENV)/.stamp-dev  ## everything but the engine
@@ -30,5 +30,6 @@ bench: $(VENV)/.stamp-dev  ## the CPU-sized benchmarks
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about a minute, and what the download of PyTorch takes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@

@@ -42,9 +42,16 @@ def test_kernel_that_cannot_run_is_an_error_with_its_reason(operator, name, spec
 
 
 @pytest.mark.parametrize("operator", ["fake_quantize", "linear"])
-def test_reference_is_always_there(operator):
-    kernel = kernels.find(operator, "reference", TensorSpec(), torch.device("cuda", 3))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_reference_is_always_there(operator, device):
+    kernel = kernels.find(operator, "reference", TensorSpec(), torch.device(device))
     assert (kernel.name, kernel.operator) == ("reference", operator)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_no_kernel_claims_to_run_on_a_device_that_is_not_there():
+    """``lockstep kernels --device cuda`` says what can run here."""
+    assert all(kernel.unavailable(TensorSpec(), torch.device("cuda")) for kernel in kernels.KERNELS)
 
 
 @pytest.mark.parametrize("spec", [TensorSpec(), CHANNEL, served_in(FP16)], ids=str)

@@ -262,3 +262,19 @@ def test_importing_lockstep_imports_no_trainer_and_no_hub_library():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def test_tied_parameters_are_counted_once():
+    """Else the share of the model that trains quantized is understated by a vocabulary."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(100, 128)
+            self.up = nn.Linear(128, 128, bias=False)
+            self.lm_head = nn.Linear(128, 100, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+    report = lockstep.prepare(Tied(), "W4A16")
+    assert report.quantized_share == 128 / (100 + 128)
+    assert [row.reason for row in report.skipped if row.name == "lm_head"] == ["ignored by 'lm_head', tied to embed"]

@@ -453,7 +453,7 @@ def test_won_back_is_the_share_of_what_rounding_loses():
 
 def test_table_of_one_seed():
     table = printed([RESULT])
-    assert "held-out Python modules, seeds 0" in table
+    assert "held-out Python modules, seed 0" in table
     assert "bf16, same tokens 10.000 4,000 KiB" in table
     assert "INT4, rounded to nearest 12.000 +20.00 % 0 % 1,100 KiB" in table
     assert "INT4 QAT 10.500 +5.00 % 75 % 1,100 KiB" in table

@@ -69,7 +69,7 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
     if not layers.keys() & {*stored.layers, *(name.removesuffix(".weight") for name in stored.tensors)}:
         raise CheckpointError(
             f"{checkpoint} holds another model: it has {stored.layers[0]}, the model has {next(iter(layers))}, and no "
-            "layer is in both."
+            "layer is in both. Of a LightningModule, pass the model that it holds."
         )
 
     rows, quantized = _compare_weights(layers, stored, device)

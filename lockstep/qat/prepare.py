@@ -209,13 +209,18 @@ def _prepared_already(name: str, old: Scheme, new: Scheme) -> str:
 
 
 def _rows(modules: dict[str, nn.Module], reasons: dict[str, str], targets: Sequence[str]) -> Iterator[ModuleRow]:
+    owners: dict[int, str] = {}  # a parameter under two names is counted under the first
     for name, module in modules.items():
-        parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        own = list(module.parameters(recurse=False))
+        shared = {owners[id(parameter)] for parameter in own if id(parameter) in owners}
+        parameters = sum(parameter.numel() for parameter in own if id(parameter) not in owners)
+        owners |= {id(parameter): name for parameter in own if id(parameter) not in owners}
         if isinstance(module, QATLinear):
             yield ModuleRow(name, "Linear", parameters, module.scheme)
-        elif parameters:
+        elif own:
             reason = reasons.get(name, f"not a target ({', '.join(targets)})")
-            yield ModuleRow(name, type(module).__name__, parameters, None, reason)
+            tied = f", tied to {', '.join(sorted(shared))}" if shared else ""
+            yield ModuleRow(name, type(module).__name__, parameters, None, reason + tied)
 
 
 def _alike(rows: Iterable[ModuleRow]) -> dict[tuple[str, str, str, str], list[ModuleRow]]:
