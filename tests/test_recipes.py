@@ -457,7 +457,7 @@ def test_table_of_one_seed():
     assert "bf16, same tokens 10.000 4,000 KiB" in table
     assert "INT4, rounded to nearest 12.000 +20.00 % 0 % 1,100 KiB" in table
     assert "INT4 QAT 10.500 +5.00 % 75 % 1,100 KiB" in table
-    assert "loaded by transformers 10.510 +5.10 % 1,100 KiB" in table
+    assert "exported, in transformers 10.510 +5.10 % 1,100 KiB" in table
     assert "The export is aligned" in table
     assert "1.0e-03" in table
     assert "±" not in table
