@@ -138,6 +138,8 @@ class Scheme:
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
         """`scheme` itself, or the preset of that name."""
+        if not isinstance(scheme, str | Scheme):
+            raise TypeError(f"a scheme is a preset's name or a Scheme, found {scheme!r}.")
         return scheme if isinstance(scheme, Scheme) else cls.preset(scheme)
 
     def to_compressed_tensors(

@@ -257,6 +257,7 @@ FAULTS = {
     "head quantized too": (
         lambda out: save_pretrained(prepared(tiny_llama(), ignore=()), out, overwrite=True),
         {
+            "lm_head": "is stored quantized, and trained as it is",
             "lm_head.weight": "is not in the checkpoint",
             "config.json, quantization_config.ignore": r"\[\], trained \['lm_head'\]",
         },
@@ -840,3 +841,19 @@ def test_printed_report_gives_verdict_numbers_and_failures(damaged_report, fp32_
     printed = " ".join(str(fp32_report).split())
     assert printed.startswith("aligned int4 g32 amax/7 float32, kernel torch-int4, ")
     assert "end to end, 30 positions: mean |log-prob difference|" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "named_entry"),
+    [
+        (lambda config: config["lockstep"].update(served_dtype="float16"), "config.json, quantization_config"),
+        (lambda config: config.update(ignore=["re:.*"]), "config.json, quantization_config.ignore"),
+    ],
+    ids=["served in another dtype", "nothing is quantized"],
+)
+def test_config_that_says_something_else_than_the_tensors_is_a_gap(tmp_path, change, named_entry):
+    """The words are right, and an engine that believes the config computes something else with them."""
+    model = prepared(tiny_llama())
+    out = save_pretrained(model, tmp_path / "out")
+    edit_quantization(out, change)
+    assert named_entry in compare(model, out, BATCH).plain_problems

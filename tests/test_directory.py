@@ -29,7 +29,7 @@ def write_export(directory: Path, content: str = "old") -> Path:
     """What `replacing` takes for an earlier export."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(EXPORT)
-    (directory / "weights").write_text(content)
+    (directory / "weights.safetensors").write_text(content)
     return directory
 
 
@@ -50,23 +50,22 @@ def test_directory_appears_whole(tmp_path, existing):
     if existing:
         out.mkdir(parents=True)
     with replacing(out) as incomplete:
-        (incomplete / "weights").write_text("new")
+        (incomplete / "weights.safetensors").write_text("new")
         assert incomplete.parent == out.parent
-        assert not (out / "weights").exists()
-    assert snapshot(out) == {"weights": b"new"}
+        assert not (out / "weights.safetensors").exists()
+    assert snapshot(out) == {"weights.safetensors": b"new"}
     assert list(out.parent.iterdir()) == [out]
 
 
 def test_an_earlier_export_is_replaced_and_not_mixed_with(tmp_path):
     """A shard left over from a larger model would be loaded too."""
     out = write_export(tmp_path / "out")
-    (out / "more").mkdir()
-    (out / "more" / "file").write_text("old")
+    (out / "more.safetensors").write_text("old")
     with replacing(out, overwrite=True) as incomplete:
         assert not list(incomplete.iterdir())
         write_export(incomplete, "new")
-        assert (out / "weights").read_text() == "old"
-    assert snapshot(tmp_path) == {"out": None, "out/config.json": EXPORT.encode(), "out/weights": b"new"}
+        assert (out / "weights.safetensors").read_text() == "old"
+    assert snapshot(tmp_path) == {"out": None, "out/config.json": EXPORT.encode(), "out/weights.safetensors": b"new"}
 
 
 def test_readers_find_an_export_at_every_moment(tmp_path):
@@ -80,7 +79,7 @@ def test_readers_find_an_export_at_every_moment(tmp_path):
     def read() -> None:
         while not done.is_set():
             try:
-                seen.add((out / "weights").read_text())
+                seen.add((out / "weights.safetensors").read_text())
             except OSError as error:
                 seen.add(f"missing: {error}")
 
@@ -101,7 +100,11 @@ def test_without_an_exchange_in_one_step_the_export_is_still_replaced(tmp_path, 
     for content in ("new", "newer"):
         with replacing(out, overwrite=True) as incomplete:
             write_export(incomplete, content)
-        assert snapshot(tmp_path) == {"out": None, "out/config.json": EXPORT.encode(), "out/weights": content.encode()}
+        assert snapshot(tmp_path) == {
+            "out": None,
+            "out/config.json": EXPORT.encode(),
+            "out/weights.safetensors": content.encode(),
+        }
 
 
 def test_exchange_that_the_system_lacks_or_refuses_is_reported(tmp_path, monkeypatch):
@@ -251,7 +254,7 @@ def test_full_disk_in_the_fallback_keeps_the_earlier_export(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(ExportError, match="which is as it was"), replacing(out, overwrite=True) as incomplete:
         write_export(incomplete, "new")
-    assert (out / "weights").read_text() == "old"
+    assert (out / "weights.safetensors").read_text() == "old"
 
 
 EXPORTS_AND_STOPS = """
@@ -313,7 +316,7 @@ def test_fallback_killed_between_its_renames_is_cleared_by_the_next(tmp_path, mo
         write_export(out)
     with replacing(out, overwrite=True) as incomplete:
         write_export(incomplete, "new")
-    assert (out / "weights").read_text() == "new"
+    assert (out / "weights.safetensors").read_text() == "new"
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -330,18 +333,18 @@ def test_second_export_to_one_directory_is_refused(tmp_path):
     """Two ranks that both export would interleave their shards."""
     out = tmp_path / "out"
     with replacing(out) as incomplete:
-        (incomplete / "weights").write_text("first")
+        (incomplete / "weights.safetensors").write_text("first")
         with pytest.raises(ExportError, match=f"^another process is exporting to {out}"), replacing(out):
             pytest.fail("two exports at once")
-        assert (incomplete / "weights").exists()
-    assert snapshot(tmp_path) == {"out": None, "out/weights": b"first"}
+        assert (incomplete / "weights.safetensors").exists()
+    assert snapshot(tmp_path) == {"out": None, "out/weights.safetensors": b"first"}
 
 
 def test_exports_to_neighbours_do_not_disturb_each_other(tmp_path):
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "b") as second:
-        (first / "weights").write_text("a")
-        (second / "weights").write_text("b")
-    assert snapshot(tmp_path) == {"a": None, "a/weights": b"a", "b": None, "b/weights": b"b"}
+        (first / "weights.safetensors").write_text("a")
+        (second / "weights.safetensors").write_text("b")
+    assert snapshot(tmp_path) == {"a": None, "a/weights.safetensors": b"a", "b": None, "b/weights.safetensors": b"b"}
 
 
 def open_below(directory: Path) -> Iterator[Path]:
@@ -370,5 +373,14 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(module, "_take_place", lambda *paths: (events.append("rename"), take_place(*paths)))
     with replacing(tmp_path / "out") as incomplete:
-        safetensors.torch.save_file({}, incomplete / "weights")
-    assert events == ["weights", ".out.incomplete", "rename", tmp_path.name]
+        safetensors.torch.save_file({}, incomplete / "weights.safetensors")
+    assert events == ["weights.safetensors", ".out.incomplete", "rename", tmp_path.name]
+
+
+def test_what_somebody_put_beside_an_export_is_not_deleted(tmp_path):
+    """A trainer's checkpoints in a folder of the export must survive the next one."""
+    out = write_export(tmp_path / "out")
+    (out / "checkpoints").mkdir()
+    with pytest.raises(ExportError, match="also holds checkpoints"), replacing(out, overwrite=True):
+        pass
+    assert (out / "checkpoints").is_dir()

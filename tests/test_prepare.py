@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import lockstep
 from lockstep import Scheme
@@ -278,3 +278,12 @@ def test_tied_parameters_are_counted_once():
     report = lockstep.prepare(Tied(), "W4A16")
     assert report.quantized_share == 128 / (100 + 128)
     assert [row.reason for row in report.skipped if row.name == "lm_head"] == ["ignored by 'lm_head', tied to embed"]
+
+
+def test_weights_that_the_grid_cannot_read_are_refused():
+    """fp64 masters, and pruned layers whose weight is computed: the export would lack or bend them."""
+    pruned = nn.Sequential(nn.Linear(128, 8))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    for model in (nn.Sequential(nn.Linear(128, 8).double()), pruned):
+        with pytest.raises(TypeError, match=r"^0 needs a weight of its own in bfloat16, float16, float32, found"):
+            lockstep.prepare(model, "W4A16")

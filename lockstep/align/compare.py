@@ -60,7 +60,7 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
     layers = dict(quantized_modules(model))
     if not layers:
         raise ValueError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
-    if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+    if meta := [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device: load weights into the model first.")
     first = next(iter(layers.values()))
     scheme, device = first.scheme, first.weight.device
@@ -74,6 +74,9 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
 
     rows, quantized = _compare_weights(layers, stored, device)
     problems = _compare_config(model, scheme, stored) | _compare_plain(model, scheme, stored, device)
+    ours = "lockstep" in stored.config["quantization_config"]
+    if ours and stored.scheme != scheme and all(row.weight_equal for row in rows):  # else it is named layer by layer
+        problems["config.json, quantization_config"] = f"declares {stored.scheme}, trained {scheme}"
     plain = _usable_plain_tensors(model, scheme, stored, device)
     serve = {name: partial(_run, true_kernel, name, layers[name], weight) for name, weight in quantized.items()}
     watch = {row.name: partial(_watch, row, layers[row.name], serve[row.name]) for row in rows if row.name in serve}
@@ -172,6 +175,7 @@ def _compare_config(model: Any, scheme: Scheme, stored: Checkpoint) -> dict[str,
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         trained = model.config.to_dict()
         found = type(model.config).from_dict(dict(stored.config)).to_dict()
+        found["model_type"] = stored.config.get("model_type")
         for key in sorted(trained.keys() - _NOT_THE_MODEL):
             if trained[key] != found.get(key):
                 problems[f"config.json, {key}"] = f"{found.get(key)}, trained {trained[key]}"
@@ -180,12 +184,8 @@ def _compare_config(model: Any, scheme: Scheme, stored: Checkpoint) -> dict[str,
 
 # Entries of a transformers config that do not change what the model computes.
 _NOT_THE_MODEL = {
-    "quantization_config",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "transformers_version",
-    "_name_or_path",
+    *("quantization_config", "dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path"),
+    *("use_cache", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "pad_token_id"),
 }
 
 
@@ -196,6 +196,12 @@ def _compare_plain(model: nn.Module, scheme: Scheme, stored: Checkpoint, device:
     known = set(model.state_dict())
     problems = {name: "is not in the model" for name in stored.plain_tensors() if name not in known}
     problems |= {name: "is not in the model" for name in stored.layers if f"{name}.weight" not in known}
+    for name in {*stored.layers} - quantized:
+        if f"{name}.weight" in known:
+            problems[name] = "is stored quantized, and trained as it is"
+    for name in quantized & {*stored.layers}:
+        if f"{name}.weight" in stored.tensors:
+            problems[f"{name}.weight"] = "is stored plain beside its packed words"
     for key, tensor in served_state(model).items():
         if key.removesuffix(".weight") in quantized:
             continue

@@ -95,6 +95,13 @@ class Checkpoint:
             raise CheckpointError(f"{name}: {shapes} do not unpack as {self.format}: {error}") from error
         if problem:
             raise CheckpointError(f"{name}: {problem}.")
+        if "lockstep" in self.config["quantization_config"]:  # others write some of these in dtypes of their own
+            for suffix, tensor in self._layout.write(quantized, spec).items():
+                if not bitwise_equal(tensor, stored[suffix]):
+                    found = f"{list(stored[suffix].shape)} {dtype_name(stored[suffix].dtype)}"
+                    raise CheckpointError(
+                        f"{name}: {suffix} is {found}, and not what {self.format} holds for these codes."
+                    )
         return quantized
 
     def _contradiction(self, quantized: Quantized, stored: dict[str, Tensor]) -> str | None:
@@ -139,14 +146,21 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor. Every file is opened once, which finds truncated ones."""
     index_path = directory / "model.safetensors.index.json"
     weight_map = _read_json(index_path).get("weight_map", {}) if index_path.exists() else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index_path}: weight_map does not map tensors to files.")
     paths = sorted({directory / name for name in weight_map.values()}) or [directory / "model.safetensors"]
     files: dict[str, Path] = {}
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
+                names = list(file.keys())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is missing, truncated or no safetensors file: {error}.") from error
+        for name in names:
+            if weight_map and weight_map.get(name) != path.name:
+                where = weight_map.get(name, "nothing of it")
+                raise CheckpointError(f"{path} holds {name}, of which {index_path.name} says {where}.")
+        files.update(dict.fromkeys(names, path))
     if lost := [name for name in weight_map if name not in files]:
         raise CheckpointError(f"{index_path} lists {lost[0]} and {len(lost) - 1} more, which no file holds.")
     return files

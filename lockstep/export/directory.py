@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+EXPORTED = {".json", ".safetensors", ".txt", ".model", ".jinja"}  # what checkpoints and tokenizers consist of
+
 
 class ExportError(RuntimeError):
     """An export that cannot be made or was not finished; what stood in its place before still does."""
@@ -23,6 +25,8 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
         ExportError: it is a file, or holds something that is not an earlier export to be overwritten.
     """
     target = Path(directory).expanduser().absolute()
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise ExportError(f"{target} is or holds the working directory: name a directory in it.")
     parent = next(parent for parent in target.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"cannot write to {target}: {parent} is not a directory in which one may write.")
@@ -35,6 +39,10 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
             )
         if not _is_export(target):
             raise ExportError(f"{target} is not empty and no Lockstep export: overwrite=True replaces nothing else.")
+        if foreign := [path.name for path in target.iterdir() if path.is_dir() or path.suffix not in EXPORTED]:
+            raise ExportError(
+                f"{target} also holds {foreign[0]}, which is no part of an export: overwrite=True would delete it."
+            )
     return target
 
 

@@ -124,11 +124,18 @@ def check_exportable(model: nn.Module, format: str) -> None:
             f"the engine holds scales in the served dtype {spec.served_dtype} and would round the "
             f"{spec.scale_dtype} ones that were trained with: choose the same dtype for both."
         )
+    state = served_state(model)
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ExportError(f"{odd[0]} is a {type(state[odd[0]]).__name__}: a checkpoint holds tensors only.")
+    if experts := [key for key, value in state.items() if "experts" in key and value.ndim == 3]:
+        raise ExportError(f"{experts[0]}: this version does not store fused experts under the names that engines load.")
+    _check_tied(model, layers)
+    if lost := [name for name in layers if f"{name}.weight" not in state]:
+        raise ExportError(f"{lost[0]} has no {lost[0]}.weight in the state dict (pruned, or parametrized?).")
     for name, layer in layers.items():
         if problem := layout.problem(layer.out_features, layer.in_features, spec):
             raise ExportError(f"{name} cannot be stored as {format}: {problem}. Name it in ignore, or choose a format.")
     _check_fused(model, layers)
-    _check_tied(model, layers)
 
 
 def served_tensor(model: nn.Module, key: str, tensor: Tensor, scheme: Scheme) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lockstep.qat.linear import QATLinear
-from lockstep.scheme import Scheme
+from lockstep.scheme import DTYPES, Scheme
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,9 @@ def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> N
             f"{name} is a {type(module).__module__}.{type(module).__name__}: this version quantizes torch.nn.Linear "
             "itself, a subclass or another type has a forward of its own. Name it in ignore, or narrow targets."
         )
+    if "weight" not in module._parameters or module.weight.dtype not in DTYPES.values():
+        found = module.weight.dtype if "weight" in module._parameters else "one computed from other parameters"
+        raise TypeError(f"{name} needs a weight of its own in {', '.join(DTYPES)}, found {found}.")
     if "forward" in vars(module):
         raise TypeError(
             f"{name} has a forward of its own set on the instance (an accelerate hook, for one), which would bypass "
