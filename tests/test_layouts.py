@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lockstep import TensorSpec, grid
-from lockstep.export import formats, gptq, marlin, pack_quantized, words
+from lockstep.export import formats, gptq, pack_quantized
+from lockstep.layouts import marlin, words
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 CHANNEL = TensorSpec(strategy="channel")

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import lockstep
 from lockstep import Scheme, grid
 from lockstep.align.metrics import relative_error
-from lockstep.export import Checkpoint, ExportError, formats, marlin, save_pretrained, stream, words
+from lockstep.export import Checkpoint, ExportError, formats, save_pretrained, stream
 from lockstep.export.checkpoint import bitwise_equal
+from lockstep.layouts import marlin, words
 from lockstep.qat.prepare import quantized_modules
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

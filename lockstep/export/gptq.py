@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.export import pack_quantized, words
+from lockstep.export import pack_quantized
 from lockstep.grid import Quantized
+from lockstep.layouts import words
 from lockstep.scheme import Scheme, TensorSpec
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")

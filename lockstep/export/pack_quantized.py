@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.export import words
 from lockstep.grid import Quantized
+from lockstep.layouts import words
 from lockstep.scheme import Scheme, TensorSpec
 
 TENSORS = ("weight_packed", "weight_scale", "weight_shape")
