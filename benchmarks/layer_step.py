@@ -1,125 +1,223 @@
-"""Forward and backward of one transformer layer's linears: plain bf16, a plain straight-through INT4, and Lockstep.
+"""Forward and backward of one transformer layer's linears: plain bf16, Lockstep and its peers, eager and compiled.
 
-    python benchmarks/layer_step.py [--hidden 512] [--intermediate 1408] [--tokens 256 1024] [--device cpu]
+    python benchmarks/layer_step.py [--device cuda] [--tokens 512 2048] [--paths bf16 lockstep] [--modes eager]
 
-Prints, from one run, the time of a step against plain bf16 and what stays alive between forward and backward beyond it.
-The plain straight-through estimator is what one writes first: ``w + (fake_quantize(w) - w)`` with the bracket detached.
+Prints the time of a step against plain bf16 eager in the same run, and the memory beyond bf16's: at the peak (eager
+against eager, compiled against compiled; CUDA only), and what autograd keeps between forward and backward (eager).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+import gc
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import (
+    MIB,
+    Benchmark,
+    Case,
+    Skipped,
+    add_extra_memory,
+    add_ratios,
+    allocated,
+    arguments,
+    bars,
+    compile_for_real,
+    first_line,
+    graphs,
+    interleave,
+    number,
+    own_code,
+    parse,
+    peak_mib,
+    text,
+)
+from paths import BF16, PATHS, Path
 from torch import Tensor, nn
 
-import lockstep
-from lockstep import grid
-from lockstep.recipes.demo import machine
-
-REPEATS = 12
-
-
-class StraightThroughLinear(nn.Linear):
-    """The eager way: autograd keeps the quantized weight for the backward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``x @ (w + noise).T``."""
-        with torch.no_grad():
-            noise = grid.fake_quantize(self.weight, lockstep.TensorSpec()) - self.weight
-        return F.linear(input, self.weight + noise, self.bias)
+COLUMNS = [
+    ("path", text("path")),
+    ("mode", text("mode")),
+    ("tokens", number("tokens", 0)),
+    ("ms", number("median_ms", 3)),
+    ("p10", number("p10_ms", 3)),
+    ("p90", number("p90_ms", 3)),
+    ("time to bf16 eager", number("ratio", 3)),
+    ("peak beyond bf16, MiB", number("extra_peak_mib", 0, sign=True)),
+    ("kept for backward beyond bf16, MiB", number("extra_saved_mib", 1, sign=True)),
+    ("graphs", text("graphs")),
+]
 
 
-def linears(hidden: int, intermediate: int, device: str) -> nn.ModuleList:
-    """The seven linears of a Llama layer, key and value heads at a quarter of the width."""
-    shapes = [(hidden, hidden), (hidden, hidden // 4), (hidden, hidden // 4), (hidden, hidden)]
-    shapes += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
-    return nn.ModuleList(nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16) for k, n in shapes)
+class LayerLinears(nn.Module):
+    """The seven linears of a Llama layer, wired as the layer wires them; norms, attention and residuals left out.
+
+    Query, key and value share the input, gate and up share the output of the attention's projection, down takes
+    ``silu(gate) * up``. That is what BASELINE.md most plausibly measured: its compiled bf16 keeps 224 MiB less than
+    eager at 8,192 tokens, one activation of the intermediate width, which the fusion of exactly this product saves.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, key_value: int, device: torch.device) -> None:
+        super().__init__()
+        shapes = {
+            "q": (hidden, hidden),
+            "k": (hidden, key_value),
+            "v": (hidden, key_value),
+            "o": (hidden, hidden),
+            "gate": (hidden, intermediate),
+            "up": (hidden, intermediate),
+            "down": (intermediate, hidden),
+        }
+        for name, (inputs, outputs) in shapes.items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and the layer's output, from ``x [tokens, hidden]``."""
+        hidden = self.o(self.q(x))
+        return self.k(x), self.v(x), self.down(F.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def plain(layers: nn.ModuleList) -> None:
-    """Leave the layers as they are."""
+class Work:
+    """The input and the gradients of the outputs, which are the same for every path."""
+
+    def __init__(self, options: Any, tokens: int) -> None:
+        hidden, key_value = options.hidden, options.hidden // 4
+        self.sizes = (hidden, options.intermediate, key_value)
+        self.device, self.tokens = options.device, tokens
+        generator = torch.Generator(self.device).manual_seed(0)
+        draw = {"device": self.device, "dtype": torch.bfloat16, "generator": generator}
+        self.x = torch.randn(tokens, hidden, **draw).requires_grad_()
+        self.grads = [torch.randn(tokens, width, **draw) for width in (key_value, key_value, hidden)]
+
+    def layer(self, path: Path) -> LayerLinears:
+        """The layer as `path` prepares it, its weights the same for every path."""
+        torch.manual_seed(0)
+        layer = LayerLinears(*self.sizes, self.device)
+        path.prepare(layer)
+        return layer
+
+    def step(self, layer: nn.Module) -> None:
+        """Forward and backward."""
+        torch.autograd.backward(layer(self.x), self.grads)
+
+    def forget(self, layer: nn.Module) -> None:
+        """Set all gradients to None."""
+        self.x.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+
+    def case(self, layer: nn.Module, **row: Any) -> Case:
+        """A case that steps `layer`."""
+        return Case(row, step=lambda: self.step(layer), before=lambda: self.forget(layer))
+
+    def saved_mib(self, layer: nn.Module) -> float:
+        """What autograd keeps for the backward, each storage once and parameters not counted."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = layer(self.x)
+        del outputs
+        return sum(saved.values()) / MIB
 
 
-def straight_through(layers: nn.ModuleList) -> None:
-    """Switch them to the eager straight-through estimator."""
-    for layer in layers:
-        layer.__class__ = StraightThroughLinear
+def built(work: Work, path: Path, mode: str) -> Case:
+    """The case of a path in a mode, warm, with its memory in the row. One that cannot be built says why in its row."""
+    row = {"path": path.name, "mode": mode, "tokens": work.tokens, "config": path.config}
+    try:
+        floor = allocated(work.device)
+        case = compiled(work, path, row) if mode == "compiled" else eager(work, path, row)
+        case.row["peak_mib"] = peak_mib(case, work.device, floor)
+        return case
+    except Skipped as reason:
+        return Case({**row, "status": "skipped", "reason": str(reason)}, step=lambda: None)
+    except Exception as error:  # whatever a peer raises: the other rows are still wanted
+        failed = Case(row, step=lambda: None)
+        failed.fail(error)
+        return failed
 
 
-def prepared(layers: nn.ModuleList) -> None:
-    """Switch them to Lockstep."""
-    lockstep.prepare(layers, "W4A16")
+def eager(work: Work, path: Path, row: dict[str, Any]) -> Case:
+    """A path as it is."""
+    layer = work.layer(path)
+    case = work.case(layer, **row, saved_mib=work.saved_mib(layer))
+    case.step()
+    return case
 
 
-def measure(prepare: Callable[[nn.ModuleList], None], sizes: tuple[int, int], tokens: int, device: str) -> dict:
-    """Median seconds of a step, and bytes saved for the backward, each storage once and parameters not counted."""
-    torch.manual_seed(0)
-    layers = linears(*sizes, device)
-    prepare(layers)
-    inputs = [torch.randn(tokens, layer.in_features, device=device, dtype=torch.bfloat16) for layer in layers]
-    for x in inputs:
-        x.requires_grad_()
-    own = {parameter.untyped_storage().data_ptr() for parameter in layers.parameters()}
-    saved: dict[int, int] = {}
+def compiled(work: Work, path: Path, row: dict[str, Any]) -> Case:
+    """A path under ``torch.compile``, as one graph if it can be; the row counts graphs and breaks."""
+    errors = []
+    for fullgraph in (True, False):
+        layer, before = own_code(work.layer(path)), graphs()
+        case = work.case(torch.compile(layer, fullgraph=fullgraph, dynamic=False), **row, fullgraph=fullgraph)
+        try:
+            case.step()
+        except Exception as error:
+            errors.append(error)
+            continue
+        made = {name: count - before[name] for name, count in graphs().items()}
+        if not made["graphs"]:
+            raise RuntimeError("torch.compile made no graph: this would be eager mode under another name")
+        if errors:
+            case.row["note"] = f"not as one graph ({first_line(errors[0])}): {made['graph_breaks']} breaks"
+        case.row |= made
+        return case
+    raise errors[-1]
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    def step(hook: bool = False) -> float:
-        started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor) if hook else torch.enable_grad():
-            outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    step(hook=True)
-    return {"seconds": median(step() for _ in range(REPEATS)), "saved_bytes": sum(saved.values())}
+def measure(work: Work, paths: list[Path], modes: list[str], rounds: int) -> list[dict[str, Any]]:
+    """All rows for one number of tokens."""
+    compile_for_real()
+    work.step(warm := work.layer(BF16))  # what the first GEMMs allocate for good is nobody's in particular
+    work.forget(warm)
+    del warm
+    cases = [built(work, path, mode) for mode in modes for path in paths]
+    interleave([case for case in cases if "status" not in case.row], work.device, rounds)
+    add_ratios(cases, next((case for case in cases if (case.row["path"], case.row["mode"]) == ("bf16", "eager")), None))
+    rows = [case.row for case in cases]
+    for key in ("peak_mib", "saved_mib"):
+        add_extra_memory(rows, "bf16", key, same=("mode",))
+    return rows
 
 
 def main() -> None:
-    """Measure every path at every size and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=1408)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-
-    sizes = (options.hidden, options.intermediate)
-    paths = {"plain bf16": plain, "plain straight-through INT4": straight_through, "Lockstep W4A16": prepared}
-    rows = []
-    print("| path | tokens | time to bf16 | kept for backward beyond bf16 |\n|---|---|---|---|")
+    """Measure every path at every size."""
+    parser = arguments(__doc__, rounds=30)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--intermediate", type=int)
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--compiled-tokens", type=int, nargs="*", help="those of --tokens that are compiled too")
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    options = parse(
+        parser,
+        hidden=(512, 4096),
+        intermediate=(1408, 14336),
+        tokens=([256, 1024], [512, 2048, 8192, 16384]),
+        compiled_tokens=([256], [2048, 8192]),
+    )
+    paths = [PATHS[name] for name in dict.fromkeys(["bf16", *options.paths])]
+    claim = "forward + backward of a Llama layer's linears, bf16, no optimizer; ratios to plain bf16 eager in this run"
+    benchmark = Benchmark("layer_step", claim, COLUMNS, options)
     for tokens in options.tokens:
-        results = {name: measure(prepare, sizes, tokens, options.device) for name, prepare in paths.items()}
-        base = results["plain bf16"]
-        for name, result in results.items():
-            ratio = result["seconds"] / base["seconds"]
-            extra = (result["saved_bytes"] - base["saved_bytes"]) / 2**20
-            rows.append({"path": name, "tokens": tokens, **result})
-            print(f"| {name} | {tokens} | {ratio:.2f} | {extra:+.2f} MiB |")
-    environment = {
-        "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else machine(),
-        "torch": torch.__version__,
-        "lockstep": lockstep.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {value}" for name, value in environment.items()))
-    if options.json:
-        options.json.write_text(json.dumps({"environment": environment, "sizes": sizes, "rows": rows}, indent=2) + "\n")
+        modes = ["eager", *(["compiled"] if "compiled" in options.modes and tokens in options.compiled_tokens else [])]
+        benchmark.add(measure(Work(options, tokens), paths, modes, options.rounds))
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+    benchmark.finish(
+        lambda axes, rows: bars(
+            axes, rows, lambda row: f"{row['path']}, {row['mode']}, {row['tokens']:,}", "ratio", "time / bf16 eager"
+        )
+    )
 
 
 if __name__ == "__main__":

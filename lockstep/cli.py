@@ -42,6 +42,7 @@ def align(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     kernel: str = "reference",
+    device: str | None = None,
     text: str | None = None,
     max_tokens: int = 2048,
     html: str | None = None,
@@ -57,11 +58,13 @@ def align(
         targets: what was quantized, as in lockstep.prepare.
         ignore: what was left out.
         kernel: the true kernel to compare with; see lockstep kernels.
+        device: a torch device; default: the GPU if there is one.
         text: file to run the model on; default: a module of the Python standard library.
         max_tokens: how many tokens of it.
         html: write the report as a page there.
         json: write the report as JSON there.
     """
+    import torch
     from rich.console import Console
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,12 +83,13 @@ def align(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load a model and its tokenizer from {model}: {error}") from error
+    trained.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     lockstep.prepare(trained, trained_with, targets, ignore)
     ids = tokenizer(_text(text), return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
     block = min(ids.shape[1], getattr(trained.config, "max_position_embeddings", max_tokens))
     if block < 2:
         raise ValueError(f"the text has {ids.shape[1]} tokens: too few to compare.")
-    batch = {"input_ids": ids[0, : ids.shape[1] // block * block].view(-1, block)}
+    batch = {"input_ids": ids[0, : ids.shape[1] // block * block].view(-1, block).to(trained.device)}
 
     report = lockstep.align.compare(trained, checkpoint, batch, kernel)
     Console().print(report)
@@ -109,10 +113,11 @@ def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:
     from lockstep.kernels import KERNELS
 
     spec = Scheme.of(scheme).weights
-    table = Table("operator", "kernel", "serves", f"{spec} on {device}")
+    table = Table("operator", "kernel", "serves", f"{spec} on {device}", "comes from")
     for kernel in KERNELS:
         reason = kernel.unavailable(spec, torch.device(device))
-        table.add_row(kernel.operator, kernel.name, kernel.serves, f"no: {reason}" if reason else "yes")
+        answer = f"no: {reason}" if reason else "yes"
+        table.add_row(kernel.operator, kernel.name, kernel.serves, answer, kernel.origin() or "not installed")
     Console().print(table)
     return 0
 

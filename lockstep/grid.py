@@ -42,8 +42,7 @@ def quantize(w: Tensor, spec: TensorSpec) -> Quantized:
         TypeError: `w` has another dtype.
         ValueError: K does not divide into the spec's groups.
     """
-    if w.dtype not in DTYPES.values():
-        raise TypeError(f"weights are {', '.join(DTYPES)}; found {w.dtype} of shape {tuple(w.shape)}.")
+    check(w, spec)
     groups = w.unflatten(-1, (_num_groups(w, spec), -1))
     scale = _scale(groups, spec)
     return Quantized(_codes(groups, scale.unsqueeze(-1), spec).flatten(-2), scale)
@@ -60,6 +59,13 @@ def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
 def fake_quantize(w: Tensor, spec: TensorSpec) -> Tensor:
     """`w` as it will be served: ``dequantize(quantize(w))``, in the served dtype and the shape of `w`."""
     return dequantize(quantize(w, spec), spec)
+
+
+def check(w: Tensor, spec: TensorSpec) -> None:
+    """Refuse a weight that cannot be quantized as `spec` says, with the errors of `quantize`."""
+    if w.dtype not in DTYPES.values():
+        raise TypeError(f"weights are {', '.join(DTYPES)}; found {w.dtype} of shape {tuple(w.shape)}.")
+    _num_groups(w, spec)
 
 
 def _scale(groups: Tensor, spec: TensorSpec) -> Tensor:

@@ -49,7 +49,7 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         model: a prepared model (`lockstep.prepare`) holding the trained weights.
         checkpoint: the exported folder.
         batch: what the model is called with: a mapping (``model(**batch)``) or a tensor.
-        kernel: name of the true kernel: ``"reference"``, ``"torch-int4"`` (`lockstep.kernels.KERNELS`).
+        kernel: name of the true kernel: ``"reference"``, ``"vllm-marlin"`` and more (`lockstep.kernels.KERNELS`).
 
     Raises:
         CheckpointError: the folder cannot be read, or belongs to another model.
@@ -95,7 +95,7 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         layers=rows,
         plain_problems=problems,
         end_to_end=None if true is None else _end_to_end(fake, true, batch),
-        environment=_environment(device),
+        environment=_environment(device, true_kernel),
     )
 
 
@@ -354,8 +354,13 @@ def _end_to_end(fake: Tensor, true: Tensor, batch: Batch) -> EndToEnd:
     )
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device, kernel: Kernel) -> dict[str, str]:
     import lockstep
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"lockstep": lockstep.__version__, "torch": torch.__version__, "device": f"{device.type} ({name})"}
+    versions = {
+        "lockstep": lockstep.__version__,
+        "torch": torch.__version__,
+        "kernel from": kernel.origin() or "unknown",
+    }
+    return versions | {"device": f"{device.type} ({name})"}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lockstep.export import gptq, marlin, pack_quantized
 from lockstep.grid import Quantized
+from lockstep.kernels import Quantizer
 from lockstep.scheme import Scheme, TensorSpec
 
 
@@ -21,6 +22,8 @@ class Format(Protocol):
     def problem(self, n: int, k: int, spec: TensorSpec) -> str | None: ...
 
     def write(self, quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]: ...
+
+    def pack(self, weight: Tensor, spec: TensorSpec, kernel: Quantizer) -> dict[str, Tensor]: ...
 
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec) -> Quantized: ...
 

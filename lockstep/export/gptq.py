@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lockstep.export import pack_quantized
 from lockstep.grid import Quantized
+from lockstep.kernels import Quantizer
 from lockstep.layouts import words
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -34,14 +35,22 @@ def problem(n: int, k: int, spec: TensorSpec) -> str | None:
 
 def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:
     """The stored tensors of one layer by the names of `TENSORS`."""
-    codes, scale = quantized
-    (n, k), groups = codes.shape, scale.shape[-1]
-    minus_one = torch.full((groups, n), -1, dtype=torch.int8, device=codes.device)
+    return _stored(words.pack(quantized.codes, spec.bits), quantized.scale, spec)
+
+
+def pack(weight: Tensor, spec: TensorSpec, kernel: Quantizer) -> dict[str, Tensor]:
+    """Quantize `weight` and `write` it, in one pass and a transposition where `kernel` can."""
+    return _stored(*kernel.pack_quantized(weight, spec), spec)
+
+
+def _stored(packed: Tensor, scale: Tensor, spec: TensorSpec) -> dict[str, Tensor]:
+    (n, groups), k = scale.shape, packed.shape[1] * 8
+    minus_one = torch.full((groups, n), -1, dtype=torch.int8, device=packed.device)
     return {
-        "qweight": words.pack(codes, spec.bits).T.contiguous(),
+        "qweight": packed.T.contiguous(),
         "qzeros": words.pack(minus_one, spec.bits),
         "scales": scale.T.contiguous(),
-        "g_idx": torch.arange(k, dtype=torch.int32, device=codes.device) // (k // groups),
+        "g_idx": torch.arange(k, dtype=torch.int32, device=packed.device) // (k // groups),
     }
 
 

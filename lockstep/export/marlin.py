@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lockstep.grid import Quantized
+from lockstep.kernels import Quantizer
 from lockstep.layouts import marlin as layout
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -24,6 +25,11 @@ problem = layout.problem
 def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:
     """The stored tensors of one layer by the names of `TENSORS`."""
     return {"B": layout.pack_weight(quantized.codes, spec.bits), "s": layout.pack_scales(quantized.scale)}
+
+
+def pack(weight: Tensor, spec: TensorSpec, kernel: Quantizer) -> dict[str, Tensor]:
+    """Quantize `weight` and `write` it, in one pass where `kernel` can."""
+    return dict(zip(TENSORS, kernel.pack_marlin(weight, spec), strict=True))
 
 
 def read(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Quantized:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lockstep.grid import Quantized
+from lockstep.kernels import Quantizer
 from lockstep.layouts import words
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -37,11 +38,17 @@ def problem(n: int, k: int, spec: TensorSpec) -> str | None:
 
 def write(quantized: Quantized, spec: TensorSpec) -> dict[str, Tensor]:
     """The stored tensors of one layer by the names of `TENSORS`."""
-    return {
-        "weight_packed": words.pack(quantized.codes, spec.bits),
-        "weight_scale": quantized.scale,
-        "weight_shape": torch.tensor(quantized.codes.shape),
-    }
+    return _stored(words.pack(quantized.codes, spec.bits), quantized.scale)
+
+
+def pack(weight: Tensor, spec: TensorSpec, kernel: Quantizer) -> dict[str, Tensor]:
+    """Quantize `weight` and `write` it, in one pass where `kernel` can."""
+    return _stored(*kernel.pack_quantized(weight, spec))
+
+
+def _stored(packed: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    shape = (packed.shape[0], packed.shape[1] * 8)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(shape)}
 
 
 def read(tensors: Mapping[str, Tensor], spec: TensorSpec) -> Quantized:

@@ -19,11 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lockstep import grid
+from lockstep import grid, kernels
 from lockstep.export import formats
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError, replacing
-from lockstep.kernels import reference
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.prepare import unwrapped
 from lockstep.scheme import Scheme, dtype_name
@@ -165,10 +164,11 @@ def served_state(model: nn.Module) -> dict[str, Tensor]:
 def _pack(name: str, weight: Tensor, layout: formats.Format, scheme: Scheme) -> dict[str, Tensor]:
     spec = scheme.weights
     weight = weight.detach()
-    tensors = layout.write(grid.quantize(weight, spec), spec)
+    kernel = kernels.training(spec, weight.device)
+    tensors = layout.pack(weight, spec, kernel)
     served = grid.dequantize(layout.read(tensors, spec), spec)
     _check_finite(f"{name}.weight, as it is served", served)
-    if not bitwise_equal(served, reference.fake_quantize(weight, spec)):
+    if not bitwise_equal(served, kernel.fake_quantize(weight, spec)):
         raise ExportError(
             f"{name}: the packed words do not give back the weight that it trained with. Nothing is written."
         )

@@ -1,12 +1,6 @@
-"""The reference kernels: `grid` as operators that a compiler sees as one node, and the GEMM in the kernel's order.
-
-The operators are opaque on purpose: where inductor fuses, it drops the rounding to 16 bits between two operations, of
-the scale before the division as of the product before the bias, and those roundings are what C2 and C4 are about.
-"""
+"""The reference kernels: `grid` as operators that a compiler sees as one node, and the GEMM in the kernel's order."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +8,37 @@ from torch import Tensor
 
 from lockstep import grid
 from lockstep.grid import Quantized
+from lockstep.kernels import operators
+from lockstep.layouts import marlin, words
 from lockstep.scheme import TensorSpec
 
 
 def fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
     """`grid.fake_quantize`, opaque to ``torch.compile``."""
-    return _fake_quantize(weight, *_fields(spec))
+    return torch.ops.lockstep.fake_quantize.default(weight, *operators.fields(spec))
 
 
-def quantize(weight: Tensor, spec: TensorSpec) -> Quantized:
-    """`grid.quantize`, opaque to ``torch.compile``."""
-    return Quantized(*_quantize(weight, *_fields(spec)))
+def quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
+    """`grid.quantize`, opaque to ``torch.compile``; the codes come in `dtype`."""
+    return Quantized(*torch.ops.lockstep.quantize.default(weight, dtype, *operators.fields(spec)))
+
+
+def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Words int32 ``[..., N, K/8]`` (`layouts.words`) and scales ``[..., N, G]`` of `weight` ``[..., N, K]``."""
+    codes, scale = grid.quantize(weight, spec)
+    return words.pack(codes, spec.bits), scale
+
+
+def pack_marlin(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Words int32 ``[..., K/16, 2N]`` and scales ``[..., G, N]`` in the order of `layouts.marlin`."""
+    codes, scale = grid.quantize(weight, spec)
+    return marlin.pack_weight(codes, spec.bits), marlin.pack_scales(scale)
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
+    """``RN(code * scale)`` of `pack_quantized`'s words and scales; without `scale` the codes, in the served dtype."""
+    codes = words.unpack(packed, spec.bits)
+    return codes.to(spec.served_dtype) if scale is None else grid.dequantize(Quantized(codes, scale), spec)
 
 
 def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
@@ -44,26 +58,17 @@ def gemm(x: Tensor, operand: Tensor, scale: Tensor | None, bias: Tensor | None) 
     return y if scale is None and bias is None else _epilogue(y, scale, bias)
 
 
-def _fields(spec: TensorSpec) -> tuple[Any, ...]:
-    """The fields of a spec in the order of `_SPEC`. Not ``dataclasses.astuple``: dynamo cannot trace its deepcopy."""
-    grouping = (spec.format, spec.strategy, spec.group_size, spec.symmetric)
-    return (*grouping, spec.scale_rule, spec.scale_dtype, spec.served_dtype)
+def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
+    return grid.fake_quantize(weight.contiguous(), spec)
 
 
-_SPEC = (
-    "str format, str strategy, int? group_size, bool symmetric, str scale_rule, ScalarType scale_dtype, "
-    "ScalarType served_dtype"
-)  # the fields of TensorSpec, in their order
+def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    codes, scale = grid.quantize(weight.contiguous(), spec)
+    return codes.to(dtype), scale
 
 
-@torch.library.custom_op("lockstep::fake_quantize", mutates_args=(), schema=f"(Tensor weight, {_SPEC}) -> Tensor")
-def _fake_quantize(weight: Tensor, *spec: Any) -> Tensor:
-    return grid.fake_quantize(weight.contiguous(), TensorSpec(*spec))
-
-
-@torch.library.custom_op("lockstep::quantize", mutates_args=(), schema=f"(Tensor weight, {_SPEC}) -> (Tensor, Tensor)")
-def _quantize(weight: Tensor, *spec: Any) -> tuple[Tensor, ...]:
-    return tuple(grid.quantize(weight.contiguous(), TensorSpec(*spec)))
+operators.define_fake_quantize("lockstep::fake_quantize", _fake_quantize)
+operators.define_quantize("lockstep::quantize", _quantize)
 
 
 @torch.library.custom_op("lockstep::epilogue", mutates_args=())
@@ -71,18 +76,6 @@ def _epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     if scale is not None:
         y = y * scale.squeeze(-1).to(y.dtype)
     return y if bias is None else y + bias
-
-
-@_fake_quantize.register_fake
-def _(weight: Tensor, *spec: Any) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=TensorSpec(*spec).served_dtype)
-
-
-@_quantize.register_fake
-def _(weight: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-    spec = TensorSpec(*fields)
-    scale = weight.new_empty((*weight.shape[:-1], spec.num_groups(weight.shape[-1])), dtype=spec.scale_dtype)
-    return weight.new_empty(weight.shape, dtype=torch.int8), scale
 
 
 @_epilogue.register_fake

@@ -24,47 +24,49 @@ TILE_K, TILE_N = 16, 64
 
 
 def pack_weight(codes: Tensor, bits: int = 4) -> Tensor:
-    """Signed int8 codes ``[N, K]`` to Marlin words: int32 ``[K/16, 2N]`` for 4 bits, ``[K/16, 4N]`` for 8.
+    """Signed int8 codes ``[..., N, K]`` to words: int32 ``[..., K/16, 2N]`` for 4 bits, ``[..., K/16, 4N]`` for 8.
 
     Raises:
         ValueError: N is not a multiple of 64, K not one of 16, or `bits` is neither 4 nor 8.
     """
-    n, k = codes.shape
-    _check(n, k, bits)
-    tiles = codes.T.reshape(k // TILE_K, TILE_K, n // TILE_N, TILE_N).transpose(1, 2).flatten(2)
-    return words.pack(tiles[..., _tile_order(bits).to(codes.device)].flatten(1), bits)
+    *lead, n, k = codes.shape
+    check(n, k, bits)
+    tiles = codes.mT.reshape(*lead, k // TILE_K, TILE_K, n // TILE_N, TILE_N).transpose(-3, -2).flatten(-2)
+    return words.pack(tiles[..., _tile_order(bits).to(codes.device)].flatten(-2), bits)
 
 
 def unpack_weight(packed: Tensor, bits: int = 4) -> Tensor:
-    """The inverse of `pack_weight`: words ``[K/16, 2N]`` (8 bits: ``[K/16, 4N]``) to int8 codes ``[N, K]``."""
-    k, n = packed.shape[0] * TILE_K, packed.shape[1] * 32 // bits // TILE_K
-    _check(n, k, bits)
-    ordered = words.unpack(packed, bits).view(k // TILE_K, n // TILE_N, TILE_K * TILE_N)
+    """The inverse of `pack_weight`: words to int8 codes ``[..., N, K]``."""
+    *lead, k, n = packed.shape
+    k, n = k * TILE_K, n * 32 // bits // TILE_K
+    check(n, k, bits)
+    ordered = words.unpack(packed, bits).view(*lead, k // TILE_K, n // TILE_N, TILE_K * TILE_N)
     tiles = torch.empty_like(ordered)
     tiles[..., _tile_order(bits).to(packed.device)] = ordered
-    return tiles.view(k // TILE_K, n // TILE_N, TILE_K, TILE_N).transpose(1, 2).reshape(k, n).T.contiguous()
+    tiles = tiles.view(*lead, k // TILE_K, n // TILE_N, TILE_K, TILE_N).transpose(-3, -2)
+    return tiles.reshape(*lead, k, n).mT.contiguous()
 
 
 def pack_scales(scale: Tensor) -> Tensor:
-    """Scales ``[N, G]`` to the kernel's order ``[G, N]``, permuted within 64 outputs, or 32 if there is one group.
+    """Scales ``[..., N, G]`` in the kernel's order ``[..., G, N]``: permuted within 64 outputs, or 32 if G is 1.
 
     Raises:
         ValueError: N is not a multiple of 64.
     """
-    n, groups = scale.shape
-    _check(n, TILE_K, 4)
+    *lead, n, groups = scale.shape
+    check(n, TILE_K, 4)
     if groups == 1:
-        return scale.T.reshape(1, n // 32, 4, 4, 2).transpose(2, 3).reshape(1, n)
-    return scale.T.reshape(groups, n // 64, 8, 8).transpose(2, 3).reshape(groups, n)
+        return scale.mT.reshape(*lead, 1, n // 32, 4, 4, 2).transpose(-3, -2).reshape(*lead, 1, n)
+    return scale.mT.reshape(*lead, groups, n // 64, 8, 8).transpose(-2, -1).reshape(*lead, groups, n)
 
 
 def unpack_scales(packed: Tensor) -> Tensor:
-    """The inverse of `pack_scales`: ``[G, N]`` in the kernel's order to ``[N, G]``."""
-    groups, n = packed.shape
-    _check(n, TILE_K, 4)
+    """The inverse of `pack_scales`: ``[..., G, N]`` in the kernel's order to ``[..., N, G]``."""
+    *lead, groups, n = packed.shape
+    check(n, TILE_K, 4)
     if groups == 1:
-        return packed.reshape(1, n // 32, 4, 4, 2).transpose(2, 3).reshape(1, n).T.contiguous()
-    return packed.reshape(groups, n // 64, 8, 8).transpose(2, 3).reshape(groups, n).T.contiguous()
+        return packed.reshape(*lead, 1, n // 32, 4, 4, 2).transpose(-3, -2).reshape(*lead, 1, n).mT.contiguous()
+    return packed.reshape(*lead, groups, n // 64, 8, 8).transpose(-2, -1).reshape(*lead, groups, n).mT.contiguous()
 
 
 def problem(n: int, k: int, spec: TensorSpec) -> str | None:
@@ -76,7 +78,8 @@ def problem(n: int, k: int, spec: TensorSpec) -> str | None:
     return None
 
 
-def _check(n: int, k: int, bits: int) -> None:
+def check(n: int, k: int, bits: int) -> None:
+    """ValueError if N outputs and K inputs in `bits` bits do not fill the tiles."""
     if bits not in (4, 8):
         raise ValueError(f"Marlin packs 4 or 8 bits, not {bits}.")
     if n % TILE_N or k % TILE_K:

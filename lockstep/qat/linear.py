@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lockstep import grid, kernels
+from lockstep.grid import Quantized
 from lockstep.kernels import reference
+from lockstep.qat.reuse import Kept
 from lockstep.scheme import Scheme, TensorSpec
 
 
@@ -21,16 +24,19 @@ class QATLinear(nn.Linear):
     """An ``nn.Linear`` that `lockstep.prepare` has switched to quantization-aware training.
 
     It is made by swapping ``module.__class__``, never by a constructor, so parameters, hooks and state-dict keys are
-    the ``nn.Linear``'s own. `scheme` says what the weights become; `qualified_name` is for error messages.
+    the ``nn.Linear``'s own. `scheme` says what the weights become; `qualified_name` is for error messages; `kept` holds
+    the quantized weight between passes where `prepare` was told to reuse it, else None.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's.
 
     Raises:
         ValueError: the forward would compute in a 16-bit dtype other than the one served.
+        KernelUnavailable: the kernels for the weight's device cannot run (see `kernels.training`).
     """
 
     scheme: Scheme
     qualified_name: str
+    kept: Kept | None
 
     def forward(self, input: Tensor) -> Tensor:
         dtype, spec = compute_dtype(input), self.scheme.weights
@@ -40,7 +46,19 @@ class QATLinear(nn.Linear):
                 "Train in the served dtype or in float32, or set served_dtype."
             )
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _StraightThroughLinear.apply(input.to(dtype), self.weight, bias, spec)
+        if self.kept is not None and self.training:
+            return self._forward_reusing(input.to(dtype), bias)
+        return _StraightThroughLinear.apply(input.to(dtype), self.weight, bias, spec, None)
+
+    @torch.compiler.disable(reason="whether the kept weight is still the master's is looked up at each call")
+    def _forward_reusing(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _StraightThroughLinear.apply(x, self.weight, bias, self.scheme.weights, self.kept)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP hands a layer its newly gathered weight this way: in the same memory, and with the same version.
+        if name == "weight" and self.kept is not None:
+            self.kept.drop()
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
@@ -56,25 +74,53 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: TensorSpec) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: TensorSpec, kept: Kept | None
+    ) -> Tensor:
         x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
-        ctx.spec = spec
+        ctx.spec, ctx.kept = spec, kept
         ctx.save_for_backward(x if weight_has_grad else None, weight if x_has_grad else None)
-        if spec.scale_follows_gemm(x.shape[-1]):
-            return reference.gemm(x, *reference.quantize(weight, spec), bias)
-        return reference.gemm(x, reference.fake_quantize(weight, spec), None, bias)
+        return reference.gemm(x, *_operand(weight, spec, kept), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ reference.fake_quantize(weight, ctx.spec).to(grad.dtype)
+            # The quantized weight has no name here, so that its memory is free again for the gradient of the master.
+            grad_x = grad_rows.mm(_served(weight, ctx.spec, ctx.kept).to(grad.dtype)).view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_rows.T @ x.reshape(-1, x.shape[-1])
+            grad_weight = grad_rows.T.mm(x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _operand(weight: Tensor, spec: TensorSpec, kept: Kept | None) -> tuple[Tensor, Tensor | None]:
+    """What the serving GEMM multiplies with, and the scale that follows it if one does."""
+    kernel, scale_follows = kernels.training(spec, weight.device), spec.scale_follows_gemm(weight.shape[-1])
+
+    def quantized() -> tuple[Tensor, Tensor | None]:
+        if scale_follows:
+            return kernel.quantize(weight, spec, spec.served_dtype)
+        return kernel.fake_quantize(weight, spec), None
+
+    if kept is None:
+        return quantized()
+    if kept.what == "weight":
+        return kept.of(weight, quantized)
+    words, scale = kept.of(weight, lambda: kernel.pack_quantized(weight, spec))
+    if scale_follows:
+        return kernel.dequantize_packed(words, None, spec), scale
+    return kernel.dequantize_packed(words, scale, spec), None
+
+
+def _served(weight: Tensor, spec: TensorSpec, kept: Kept | None) -> Tensor:
+    """The weight as it is served, through which the gradient flows."""
+    if kept is None:
+        return kernels.training(spec, weight.device).fake_quantize(weight, spec)
+    operand, scale = _operand(weight, spec, kept)
+    return operand if scale is None else grid.dequantize(Quantized(operand, scale), spec)

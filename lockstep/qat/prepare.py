@@ -7,11 +7,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
 from lockstep.qat.linear import QATLinear
+from lockstep.qat.reuse import Kept, Reuse
 from lockstep.scheme import DTYPES, Scheme
 
 
@@ -75,6 +77,7 @@ def prepare(
     scheme: str | Scheme,
     targets: str | Sequence[str] = ("Linear",),
     ignore: str | Sequence[str] = ("lm_head",),
+    reuse: Reuse | None = None,
 ) -> PrepareReport:
     """Make the matching layers of `model` train on the weights that `scheme` will serve.
 
@@ -87,18 +90,23 @@ def prepare(
         scheme: a preset's name (``"W4A16"``) or a `Scheme`.
         targets: what to quantize: class names, exact module names or ``re:`` regexes, as in compressed-tensors.
         ignore: what to leave out, in the same words.
+        reuse: what a layer keeps while its master stays as it is, for the micro-batches of an optimizer step and for
+            activation checkpointing: ``"codes"`` (half a byte a weight), ``"weight"`` (the dequantized weight), or
+            None: nothing, each pass quantizes again. See `lockstep.qat.reuse`. It breaks a ``torch.compile`` graph.
 
     Returns:
         A row for every module that owns parameters: what it trains as, or why it is left as it was.
 
     Raises:
         ValueError: a target that matches nothing; an unknown preset; rows that do not divide into groups; a module
-            that is prepared already, with another scheme or though it is left out now.
+            that is prepared already, with another scheme or though it is left out now; an unknown `reuse`.
         TypeError: a matched module that is not plain ``nn.Linear``, or whose forward would bypass the quantization.
 
     Nothing is changed when it raises.
     """
     scheme, model = Scheme.of(scheme), unwrapped(model)
+    if reuse not in (None, *get_args(Reuse)):
+        raise ValueError(f"reuse={reuse!r}: choose {' or '.join(map(repr, get_args(Reuse)))}, or None.")
     targets, ignore = _patterns(targets), _patterns(ignore)
     modules = dict(model.named_modules())
     matched = _matching(modules, targets)
@@ -122,6 +130,10 @@ def prepare(
         )
     for name, module in chosen.items():
         _check(name, module, scheme, parent=modules[name.rpartition(".")[0]])
+        if reuse == "codes" and module.in_features % 8:  # type: ignore[operator]
+            raise ValueError(
+                f"{name}: reuse='codes' packs 8 codes in a word, not {module.in_features} inputs in a row."
+            )
     for name, module in quantized_modules(model):
         if module.scheme != scheme or name not in chosen:
             raise ValueError(_prepared_already(name, module.scheme, scheme))
@@ -129,13 +141,14 @@ def prepare(
     for name, module in chosen.items():
         module.__class__ = QATLinear
         module.scheme, module.qualified_name = scheme, name  # type: ignore[assignment]
+        module.kept = None if reuse is None else Kept(reuse)  # type: ignore[assignment]
     return PrepareReport(tuple(_rows(modules, reasons, targets)))
 
 
 def unprepare(model: nn.Module) -> None:
     """Give every prepared layer of `model` its ``nn.Linear`` class back; its master weights stay as trained."""
     for _, module in list(quantized_modules(model)):
-        del module.scheme, module.qualified_name
+        del module.scheme, module.qualified_name, module.kept
         module.__class__ = nn.Linear  # type: ignore[assignment]
 
 

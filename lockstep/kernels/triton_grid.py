@@ -1,0 +1,412 @@
+"""The grid, fused: amax, scale, codes and what is made of them in one pass over memory (Triton).
+
+Each function is ``torch.equal`` to what `grid` and `layouts` compute (C2). What that takes, beside `grid`'s order:
+
+* ``div_rn``, the IEEE division; Triton's ``/`` may be off by a unit in the last place.
+* ``enable_fp_fusion=False``: ``w * (1 / scale) + 8.5`` rounds twice in `grid`, a fused multiply-add once.
+* Rounding half to even by adding and subtracting 1.5 * 2**23: exact below 2**22, and whatever is beyond is clamped.
+  Added 8 more, the sum's low bits are the field of a word.
+* Where weight and scale have 16 bits, w times the reciprocal of the scale instead of the division. A quotient of two
+  numbers of 11 bits or less that is not half an integer is at least 2**-13 away from any; the product is off by less
+  than 2**-20. So rounded to multiples of 2**-14 (plus and minus 768), a tie is a tie again, and nothing else is.
+* Magnitudes compared as integers, where NaN is above infinity and so takes its whole group.
+
+A weight is read once and its result written once, so the cost is that traffic: 4 bytes a bf16 weight for a fake
+quantization, 2.5 for packing. A group is contiguous in memory, so the grouped kernels see a flat list of groups; a
+channel-wise row may be longer than the registers are, and is read a second time while it is still in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lockstep import grid
+from lockstep.grid import Quantized
+from lockstep.kernels import operators
+from lockstep.layouts import marlin
+from lockstep.scheme import RULES, TensorSpec
+
+TL_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.int8: tl.int8,
+    torch.int32: tl.int32,
+}
+
+# Triton's interpreter drops bf16 denormals and does not round ties to even; with integers it does as the GPU does.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+# Sizes of a program, the fastest on an H200: weights, weights that it packs, weights of a row that it reads at a time,
+# inputs of 64 outputs for Marlin, words that it unpacks.
+BLOCK, PACK_BLOCK, ROW_BLOCK, MARLIN_BLOCK, UNPACK_BLOCK = 2048, 4096, 4096, 128, 512
+
+
+# The sum of eight fp32 exponents of 1.5 * 2**23, each shifted left by another multiple of 4, modulo 2**32.
+_EXPONENTS = tl.constexpr(1061158912)
+
+
+@dataclass(frozen=True, eq=False)  # `_rule` makes one of each, and hashing it by identity is quick
+class Arithmetic:
+    """A `TensorSpec` and a master's dtype, as the compiler wants them."""
+
+    divisor: float
+    low: int
+    high: int
+    signed: bool  # the rule max/-8
+    exact: tl.dtype  # in which the extreme is divided
+    quotient: tl.dtype  # in which the weight is divided
+    short: bool  # no need to divide: see `_quotient`
+    scale: tl.dtype
+    limit: float  # the largest scale
+    served: tl.dtype
+
+
+# The arithmetic of grid.py -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _widen(x):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    """RN(x) in `dtype`, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        even = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x10000)
+        return (even >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _magnitude(w):
+    return w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale(extreme, rule: tl.constexpr):
+    """The scale of a group whose `extreme` is given, rounded to its dtype, in fp32."""
+    scale = _widen(_round(tl.div_rn(extreme, tl.full(extreme.shape, rule.divisor, tl.float32)), rule.exact))
+    scale = tl.where(scale > rule.limit, rule.limit, tl.where(scale < -rule.limit, -rule.limit, scale))  # NaN stays
+    return _widen(_round(scale, rule.scale)) + 0.0  # + 0.0 makes -0 a 0
+
+
+@triton.jit
+def _quotient(w, scale, rule: tl.constexpr):
+    """What rounds half to even to the code of `w`, in fp32; `scale` has one element where `w` has a group."""
+    divisor = tl.where(scale == 0, 1.0, scale)
+    if rule.signed:
+        quotient = tl.floor(w * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor) + 8.5) - 8
+    elif rule.short:
+        lift = tl.where(divisor < 1.1754944e-38, 16777216.0, 1.0)  # a denormal's reciprocal is infinite
+        quotient = (w * lift) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor * lift)
+        quotient = (quotient + 768.0) - 768.0
+    else:
+        quotient = _widen(_round(tl.div_rn(w, tl.broadcast_to(divisor, w.shape)), rule.quotient))
+    return tl.minimum(tl.maximum(quotient, rule.low), rule.high)
+
+
+@triton.jit
+def _codes(w, scale, rule: tl.constexpr):
+    """The codes of `w`, in fp32."""
+    return (_quotient(w, scale, rule) + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _fields(w, scale, shift, rule: tl.constexpr):
+    """``code + 8``, shifted left, plus what `_FIELDS` takes off a sum of eight of them: the number's other bits."""
+    return (_quotient(w, scale, rule) + (12582912.0 + 8)).to(tl.int32, bitcast=True) << shift
+
+
+@triton.jit
+def _group_scale(w, axis: tl.constexpr, rule: tl.constexpr):
+    """The scales of groups that lie along `axis` of `w`, which is 1 wide in the result."""
+    magnitude = _magnitude(w)
+    if rule.signed:
+        first = tl.expand_dims(tl.argmax(magnitude, axis), axis)
+        here = tl.arange(0, w.shape[axis])
+        for _ in tl.static_range(axis):
+            here = tl.expand_dims(here, 0)
+        extreme = tl.sum(tl.where(here == first, w, 0.0), axis)
+    else:
+        extreme = tl.max(magnitude, axis).to(tl.float32, bitcast=True)
+    return tl.expand_dims(_scale(extreme, rule), axis)
+
+
+@triton.jit
+def _words(w, scale, rule: tl.constexpr):
+    """Weights ``[rows, 8 * n]`` to words ``[rows, n]``, lowest bits first."""
+    shift = 4 * (tl.arange(0, w.shape[1])[None, :] % 8)
+    fields = tl.reshape(_fields(w, scale, shift, rule), [w.shape[0], w.shape[1] // 8, 8])
+    return tl.sum(fields, 2) - _EXPONENTS
+
+
+@triton.jit
+def _unpacked(words):
+    """The codes ``[n, 8]`` of words ``[n]``, in fp32."""
+    return (((words[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF) - 8).to(tl.float32)
+
+
+# A program a block of groups, or a row. `result` is "weight", "codes", "words" or "scale". ----------------------------
+
+
+@triton.jit
+def _groups_kernel(
+    weight, out, scales, groups, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, result: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * block
+    row = tl.arange(0, block)[:, None]
+    inside = first + row < groups
+    at = row * size + tl.arange(0, size)[None, :]
+    w = _widen(tl.load(weight + first * size + at, mask=inside, other=0.0))
+    scale = _group_scale(w, 1, rule)
+    if result == "words":
+        word = row * (size // 8) + tl.arange(0, size // 8)[None, :]
+        tl.store(out + first * (size // 8) + word, _words(w, scale, rule), mask=inside)
+    elif result != "scale":
+        codes = _codes(w, scale, rule)
+        value = codes * scale if result == "weight" else codes
+        tl.store(out + first * size + at, _round(value, out.dtype.element_ty), mask=inside)
+    if scales is not None:
+        tl.store(scales + first + row, _round(scale, rule.scale), mask=inside)
+
+
+@triton.jit
+def _rows_kernel(
+    weight, out, scales, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, result: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)[None, :]
+    largest = tl.zeros([1, block], tl.int32)
+    for start in range(0, size, block):
+        w = _widen(tl.load(weight + row * size + start + column, mask=start + column < size, other=0.0))
+        largest = tl.maximum(largest, _magnitude(w))
+    scale = _scale(tl.max(largest, 1).to(tl.float32, bitcast=True), rule)
+    if scales is not None:
+        tl.store(scales + row + tl.arange(0, 1), _round(scale, rule.scale))
+    scale = scale[:, None]
+    if result != "scale":
+        for start in range(0, size, block):
+            inside = start + column < size
+            w = _widen(tl.load(weight + row * size + start + column, mask=inside, other=0.0))
+            if result == "words":
+                word = start // 8 + tl.arange(0, block // 8)[None, :]
+                tl.store(out + row * (size // 8) + word, _words(w, scale, rule), mask=word < size // 8)
+            else:
+                codes = _codes(w, scale, rule)
+                value = codes * scale if result == "weight" else codes
+                tl.store(out + row * size + start + column, _round(value, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _marlin_kernel(
+    weight, out, scales, n, k, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, grouped: tl.constexpr
+):
+    """A tile of 64 outputs and `block` inputs, to words and scales in the order of `layouts.marlin`.
+
+    The tile of codes is read as ``[w 4, h 2, e 8, tile, d 2, a 4, p 2]`` (see there). Where a field stands in its word
+    follows from (p, h, d) alone, so a word is the sum over those three axes of fields that are shifted already.
+    Without groups the scales are those of the rows, and are read.
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * 64 + tl.arange(0, 64)[:, None]
+    column = tl.program_id(0) * block + tl.arange(0, block)[None, :]
+    w = _widen(tl.load(weight + (expert * n + row) * k + column, mask=column < k, other=0.0))
+    shift = 4 * (row // 8 % 2 * 2 + column // 8 % 2 + column % 2 * 4)
+    if grouped:
+        groups: tl.constexpr = block // size
+        w = tl.reshape(w, [64, groups, size])
+        scale = _group_scale(w, 2, rule)
+        fields = _fields(w, scale, tl.reshape(shift, [64, groups, size]), rule)
+        group = tl.program_id(0) * groups + tl.arange(0, groups)[None, :]
+        place = (expert * (k // size) + group) * n + row // 64 * 64 + 8 * (row % 8) + row % 64 // 8
+        tl.store(scales + place, _round(tl.reshape(scale, [64, groups]), rule.scale), mask=group < k // size)
+    else:
+        fields = _fields(w, _widen(tl.load(scales + expert * n + row)), shift, rule)
+    fields = tl.reshape(fields, [4, 2, 8, block // 16, 2, 4, 2])
+    words = tl.permute(tl.sum(tl.sum(tl.sum(fields, 6), 1), 3), [2, 1, 3, 0]) - _EXPONENTS
+    tile = tl.program_id(0) * (block // 16) + tl.arange(0, block // 16)[:, None]
+    place = (expert * (k // 16) + tile) * (2 * n) + tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
+    tl.store(out + place, tl.reshape(words, [block // 16, 128]), mask=tile < k // 16)
+
+
+@triton.jit
+def _dequantize_kernel(packed, scales, out, words, size: tl.constexpr, block: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * block
+    word = first + tl.arange(0, block)
+    inside = word < words
+    value = _unpacked(tl.load(packed + word, mask=inside, other=0))
+    if scales is not None:
+        value *= _widen(tl.load(scales + word // (size // 8), mask=inside, other=0.0))[:, None]
+    at = tl.arange(0, block)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out + first * 8 + at, _round(value, out.dtype.element_ty), mask=inside[:, None])
+
+
+# The operators -------------------------------------------------------------------------------------------------------
+
+
+def fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """`grid.fake_quantize` in one pass, opaque to ``torch.compile``."""
+    if operators.traced(weight):
+        return torch.ops.lockstep.triton_fake_quantize.default(weight, *operators.fields(spec))
+    return _fake_quantize(weight, spec)
+
+
+def quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
+    """`grid.quantize` in one pass, opaque to ``torch.compile``; the codes come in `dtype`."""
+    if operators.traced(weight):
+        return Quantized(*torch.ops.lockstep.triton_quantize.default(weight, dtype, *operators.fields(spec)))
+    return Quantized(*_quantize(weight, spec, dtype))
+
+
+def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Words int32 ``[..., N, K/8]`` (`layouts.words`) and scales ``[..., N, G]`` of `weight` ``[..., N, K]``.
+
+    Raises:
+        ValueError: K is not a multiple of 8.
+    """
+    weight = _checked(weight, spec)
+    *rows, k = weight.shape
+    if k % 8:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: words hold 8 codes, {k} inputs do not fill them.")
+    words, scale = weight.new_empty(*rows, k // 8, dtype=torch.int32), _empty_scale(weight, spec)
+    _quantized(weight, words, scale, spec, "words")
+    return words, scale
+
+
+def pack_marlin(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Words int32 ``[..., K/16, 2N]`` and scales ``[..., G, N]`` in the order of `layouts.marlin`.
+
+    Raises:
+        ValueError: N is not a multiple of 64 or K not one of 16.
+    """
+    weight = _checked(weight, spec)
+    *experts, n, k = weight.shape
+    marlin.check(n, k, spec.bits)
+    words, scale = weight.new_empty(*experts, k // 16, 2 * n, dtype=torch.int32), _empty_scale(weight, spec)
+    groups = scale.shape[-1]
+    if groups == 1:  # a row may be longer than a tile
+        _quantized(weight, None, scale, spec, "scale")
+    arguments = (n, k, k // groups, MARLIN_BLOCK, _rule(spec, weight.dtype), groups > 1)
+    if weight.numel():
+        programs = (_programs(k, MARLIN_BLOCK), n // marlin.TILE_N, weight.numel() // (n * k))
+        _launch(_marlin_kernel, programs, (weight, words, scale), *arguments)
+    return words, marlin.pack_scales(scale) if groups == 1 else scale.view(*experts, groups, n)
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
+    """``RN(code * scale)`` ``[..., N, K]`` in the served dtype, or the codes themselves without `scale`.
+
+    `packed` int32 ``[..., N, K/8]`` and `scale` ``[..., N, G]`` are those of `pack_quantized`.
+    """
+    *rows, columns = packed.shape
+    out = packed.new_empty(*rows, columns * 8, dtype=spec.served_dtype)
+    programs, size = _programs(packed.numel(), UNPACK_BLOCK), spec.group_size or columns * 8
+    _launch(_dequantize_kernel, programs, (packed, scale, out), packed.numel(), size, UNPACK_BLOCK)
+    return out
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`, or None if they can."""
+    if device.type == "cpu" and not INTERPRETED.value:
+        return "Triton runs on the CPU only in its interpreter: set TRITON_INTERPRET=1 before Lockstep is imported"
+    if device.type not in ("cpu", "cuda"):
+        return f"they run on CUDA, the weight is on {device}"
+    return None
+
+
+def _quantized(weight: Tensor, out: Tensor | None, scale: Tensor | None, spec: TensorSpec, result: str) -> None:
+    """Launch the kernel for the grouping of `spec` on a contiguous weight."""
+    size = spec.group_size or weight.shape[-1]
+    rows, rule = weight.numel() // size if size else 0, _rule(spec, weight.dtype)
+    if spec.group_size:
+        block = (PACK_BLOCK if result == "words" else BLOCK) // size
+        _launch(_groups_kernel, _programs(rows, block), (weight, out, scale), rows, size, block, rule, result)
+    else:
+        block = max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
+        _launch(_rows_kernel, rows, (weight, out, scale), size, block, rule, result)
+
+
+_COMPILED: dict[tuple, Any] = {}
+
+
+def _launch(kernel: Any, programs: int | tuple[int, ...], tensors: tuple[Tensor | None, ...], *arguments: Any) -> None:
+    """``kernel[programs](*tensors, *arguments)`` on the device of the first tensor.
+
+    Triton's own look-up of the compiled kernel takes longer than the kernel of a small layer runs, so it is skipped
+    where everything that it specializes on is as it was before.
+    """
+    if not programs:
+        return
+    device: Any = tensors[0].device  # type: ignore[union-attr]
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, programs, tensors, *arguments)
+        return
+    programs = programs if isinstance(programs, tuple) else (programs, 1, 1)
+    facts = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    key = (id(kernel), device, *facts, *arguments)
+    if (compiled := _COMPILED.get(key)) is not None:
+        compiled[programs](*tensors, *arguments)
+    else:
+        _COMPILED[key] = kernel[programs](*tensors, *arguments, enable_fp_fusion=False)
+
+
+def _programs(elements: int, block: int) -> int:
+    return -(-elements // block)  # triton.cdiv costs as much as a third of a launch
+
+
+def _checked(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """`weight`, contiguous; the errors are `grid.quantize`'s."""
+    grid.check(weight, spec)
+    return weight.contiguous()
+
+
+def _empty_scale(weight: Tensor, spec: TensorSpec) -> Tensor:
+    return weight.new_empty(*weight.shape[:-1], spec.num_groups(weight.shape[-1]), dtype=spec.scale_dtype)
+
+
+@lru_cache
+def _rule(spec: TensorSpec, master: torch.dtype) -> Arithmetic:
+    """The rule of `spec` for a master of dtype `master`, with the dtypes of `grid`'s table."""
+    in_own_dtype = spec.scale_rule == "amax/7.5"
+    return Arithmetic(
+        *RULES[spec.scale_rule],
+        signed=spec.scale_rule == "max/-8",
+        exact=TL_DTYPES[master if in_own_dtype else torch.float32],
+        quotient=TL_DTYPES[torch.promote_types(master, spec.scale_dtype) if in_own_dtype else torch.float32],
+        short=spec.scale_rule == "amax/7" and torch.float32 not in (master, spec.scale_dtype),
+        scale=TL_DTYPES[spec.scale_dtype],
+        limit=torch.finfo(spec.scale_dtype).max,
+        served=TL_DTYPES[spec.served_dtype],
+    )
+
+
+def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
+    weight = _checked(weight, spec)
+    out = torch.empty_like(weight, dtype=spec.served_dtype)
+    _quantized(weight, out, None, spec, "weight")
+    return out
+
+
+def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = _checked(weight, spec)
+    codes, scale = torch.empty_like(weight, dtype=dtype), _empty_scale(weight, spec)
+    _quantized(weight, codes, scale, spec, "codes")
+    return codes, scale
+
+
+operators.define_fake_quantize("lockstep::triton_fake_quantize", _fake_quantize)
+operators.define_quantize("lockstep::triton_quantize", _quantize)

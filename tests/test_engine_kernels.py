@@ -1,0 +1,675 @@
+"""The engines' own kernels: how they are found and refused, what is passed to them, and on a GPU what they compute.
+
+The plumbing is tested on the CPU with operators of the engines' schemas (vLLM 0.22.1, sgl-kernel 0.3.21) that emulate
+the kernels from what they are given. The tests under "On a GPU" run the real ones, where a package is installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import _scoped_library
+
+from lockstep import TensorSpec, grid
+from lockstep.kernels import engines, reference, sgl, vllm
+from lockstep.kernels.engines import Engine, EngineUnavailable
+from lockstep.layouts import marlin as layout
+from lockstep.layouts import words
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def spec_of(group_size: int | None = 128, dtype: torch.dtype = BF16) -> TensorSpec:
+    strategy = "group" if group_size else "channel"
+    return TensorSpec(strategy=strategy, group_size=group_size, scale_dtype=dtype, served_dtype=dtype)
+
+
+GROUPED, CHANNEL = spec_of(128), spec_of(None)
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+GROUPINGS = pytest.mark.parametrize("group_size", [128, 64, 32, None], ids=["g128", "g64", "g32", "channel"])
+
+
+def randn(*shape: int, dtype: torch.dtype = FP32, seed: int = 0, device: torch.device = CPU) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+# Operators with the engines' schemas ---------------------------------------------------------------------------------
+
+REPACK = "(Tensor b_q_weight, Tensor perm, SymInt size_k, SymInt size_n, int num_bits, bool is_a_8bit) -> Tensor"
+GEMM = (
+    "(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none, Tensor b_scales, Tensor? a_scales, "
+    "Tensor? global_scale, Tensor? b_zeros_or_none, Tensor? g_idx_or_none, Tensor? perm_or_none, Tensor workspace, "
+    "int b_type_id, SymInt size_m, SymInt size_n, SymInt size_k, bool is_k_full, bool use_atomic_add, "
+    "bool use_fp32_reduce, bool is_zp_float) -> Tensor"
+)
+MOE_GEMM = (
+    "(Tensor! a, Tensor? c_or_none, Tensor! b_q_weight, Tensor? b_bias_or_none, Tensor! b_scales, Tensor? a_scales, "
+    "Tensor? global_scale, Tensor? b_zeros_or_none, Tensor? g_idx_or_none, Tensor? perm_or_none, Tensor! workspace, "
+    "Tensor sorted_token_ids, Tensor! expert_ids, Tensor! num_tokens_past_padded, Tensor! topk_weights, "
+    "int moe_block_size, int top_k, bool mul_topk_weights, int b_type_id, int size_m, int size_n, int size_k, "
+    "bool is_full_k, bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float, int thread_k, int thread_n, "
+    "int blocks_per_sm) -> Tensor"
+)
+PREPACK = "(Tensor B, ScalarType a_type, int b_type, ScalarType? group_scales_type) -> Tensor"
+MM = (
+    "(Tensor A, Tensor B, int b_type, ScalarType? out_type, Tensor? group_scales, Tensor? group_zeros, "
+    "int? group_size, Tensor? channel_scales, Tensor? token_scales, str? schedule) -> Tensor"
+)
+SGL_REPACK = "(Tensor! b_q_weight, Tensor! perm, int size_k, int size_n, int num_bits) -> Tensor"
+SGL_GEMM = (
+    "(Tensor! a, Tensor? c_or_none, Tensor! b_q_weight, Tensor! b_scales, Tensor? global_scale_or_none, "
+    "Tensor? b_zeros_or_none, Tensor? g_idx_or_none, Tensor? perm_or_none, Tensor! workspace, int b_q_type_id, "
+    "int size_m, int size_n, int size_k, bool is_k_full, bool use_atomic_add, bool use_fp32_reduce, "
+    "bool is_zp_float) -> Tensor"
+)
+
+
+def multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Marlin's product from its own words and scales, in the order that it has by the number of groups."""
+    assert packed.is_contiguous()
+    assert scales.is_contiguous()
+    assert x.is_contiguous()
+    assert scales.dtype == x.dtype
+    codes, scale = layout.unpack_weight(packed).to(x.dtype), layout.unpack_scales(scales)
+    if scale.shape[1] == 1:
+        return F.linear(x, codes) * scale.T
+    return F.linear(x, codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1))
+
+
+def repack(b_q_weight, perm, size_k, size_n, num_bits, is_a_8bit=False) -> Tensor:
+    assert b_q_weight.is_contiguous()
+    assert b_q_weight.shape == (size_k // 8, size_n)
+    assert perm.dtype == torch.int32
+    assert not perm.numel()
+    assert (num_bits, is_a_8bit) == (4, False)
+    return layout.pack_weight(words.unpack(b_q_weight.T, 4))
+
+
+def check_flags(type_id, workspace, size, fp32_reduce, atomic_add, k_full, zp_float) -> None:
+    assert type_id == UINT4B8
+    assert workspace.dtype == torch.int32
+    assert workspace.shape == (size,)
+    assert not workspace.any()
+    assert fp32_reduce
+    assert k_full
+    assert not atomic_add
+    assert not zp_float
+
+
+# exponent 0, mantissa 4, signed 0, bias 8, finite values only 0, NaN as in IEEE 754 (1): 8, 8, 1, 32, 1 and 8 bits.
+UINT4B8 = 0 | 4 << 8 | 0 << 16 | 8 << 17 | 0 << 49 | 1 << 50
+
+
+def gemm(
+    a, c, b_q_weight, bias, b_scales, a_scales, global_scale, zeros, g_idx, perm, workspace, type_id, m, n, k, *flags
+):
+    k_full, atomic_add, fp32_reduce, zp_float = flags
+    check_flags(type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
+    assert (c, a_scales, global_scale, zeros, g_idx, perm) == (None,) * 6
+    assert a.shape == (m, k)
+    assert m
+    y = multiply(a, b_q_weight, b_scales)
+    assert y.shape == (m, n)
+    return y if bias is None else y + layout.unpack_scales(bias.unsqueeze(0)).squeeze(-1)
+
+
+def sgl_gemm(a, c, b_q_weight, b_scales, global_scale, zeros, g_idx, perm, workspace, type_id, m, n, k, *flags):
+    k_full, atomic_add, fp32_reduce, zp_float = flags
+    check_flags(type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
+    assert (c, global_scale, zeros, g_idx, perm) == (None,) * 5
+    assert a.shape == (m, k)
+    assert m
+    return multiply(a, b_q_weight, b_scales)
+
+
+def moe_gemm(a, c, b_q_weight, bias, b_scales, a_scales, global_scale, zeros, g_idx, perm, workspace, slots, *rest):
+    owners, padded, topk_weights, block, top_k, weigh, type_id, m, n, _ = rest[:10]
+    k_full, atomic_add, fp32_reduce, zp_float = rest[10:14]
+    check_flags(type_id, workspace, 12, fp32_reduce, atomic_add, k_full, zp_float)
+    assert (c, bias, a_scales, global_scale, zeros, g_idx, perm) == (None,) * 7
+    assert (top_k, weigh) == (1, False)
+    assert {slots.dtype, owners.dtype, padded.dtype} == {torch.int32}
+    assert topk_weights.dtype == FP32
+    assert padded.item() == len(slots) == block * len(owners)
+    assert rest[14:] == (-1, -1, -1)
+    y = torch.full((m, n), torch.nan, dtype=a.dtype)
+    for own, rows in zip(owners.tolist(), slots.long().view(-1, block), strict=True):
+        rows = rows[: int((rows < m).sum())]  # the kernel reads up to the first that is none
+        assert (rows < m).all()
+        assert len(rows)
+        y[rows] = multiply(a[rows], b_q_weight[own], b_scales[own])
+    return y
+
+
+def prepack(b, a_type, b_type, group_scales_type) -> Tensor:
+    assert b.stride(0) == 1
+    assert b_type == UINT4B8
+    assert a_type == group_scales_type
+    return b
+
+
+def mm(a, b, b_type, out_type, group_scales, group_zeros, group_size, *rest) -> Tensor:
+    assert b_type == UINT4B8
+    assert (out_type, group_zeros, *rest) == (None,) * 5
+    assert group_scales.is_contiguous()
+    scale = group_scales.T.repeat_interleave(group_size, dim=1)
+    return F.linear(a, words.unpack(b.T, 4).to(a.dtype) * scale)
+
+
+OPERATORS: dict[str, tuple[str, Callable]] = {
+    "_C::gptq_marlin_repack": (REPACK, repack),
+    "_C::marlin_gemm": (GEMM, gemm),
+    "_C::machete_prepack_B": (PREPACK, prepack),
+    "_C::machete_mm": (MM, mm),
+    "_moe_C::moe_wna16_marlin_gemm": (MOE_GEMM, moe_gemm),
+    "sgl_kernel::gptq_marlin_repack": (SGL_REPACK, repack),
+    "sgl_kernel::gptq_marlin_gemm": (SGL_GEMM, sgl_gemm),
+}
+
+Register = Callable[..., None]
+
+
+@pytest.fixture
+def register(monkeypatch) -> Iterator[Register]:
+    """Registers emulated operators for one test, on a machine that seems to have a Hopper GPU."""
+    if any(map(engines._registered, OPERATORS)):
+        pytest.skip("an engine's own operators are loaded in this process")
+    monkeypatch.setattr(engines, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(engines, "multiprocessors", lambda device: 3)
+    forget()
+    with ExitStack() as stack:
+
+        def run(name: str, schema: str | None = None, keys: tuple[str, ...] = ("CPU", "CUDA")) -> None:
+            namespace, operator = name.split("::")
+            library = stack.enter_context(_scoped_library(namespace, "FRAGMENT"))
+            library.define(operator + (schema or OPERATORS[name][0]))
+            for key in keys:
+                library.impl(operator, OPERATORS[name][1], key)
+
+        yield run
+    forget()
+
+
+@pytest.fixture
+def operators(register) -> None:
+    """All of them."""
+    for name in OPERATORS:
+        register(name)
+
+
+def forget() -> None:
+    """What a process remembers of the operators that it found."""
+    for cache in (engines.resolve, engines._library, engines._load):
+        cache.cache_clear()
+
+
+# What is passed, on the CPU ------------------------------------------------------------------------------------------
+
+LINEARS = {"vllm-marlin": vllm.marlin, "sgl-marlin": sgl.marlin, "vllm-machete": vllm.machete}
+REASONS = {
+    "vllm-marlin": vllm.marlin_unavailable,
+    "sgl-marlin": sgl.marlin_unavailable,
+    "vllm-machete": vllm.machete_unavailable,
+    "experts": vllm.expert_linear_unavailable,
+}
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(256,), (5, 256), (2, 3, 256), (0, 256), (2, 0, 256)], ids=str)
+@DTYPES
+@GROUPINGS
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.usefixtures("operators")
+def test_kernel_is_given_what_it_needs_to_compute_the_reference(name, group_size, dtype, shape, has_bias):
+    spec = spec_of(group_size, dtype)
+    if name == "vllm-machete" and group_size not in vllm.MACHETE_GROUP_SIZES:
+        assert REASONS[name](spec, CUDA)
+        return
+    assert REASONS[name](spec, CUDA) is None
+    quantized, x = grid.quantize(randn(128, 256), spec), randn(*shape, dtype=dtype, seed=1)
+    bias = randn(128, dtype=dtype, seed=2) if has_bias else None
+    y = LINEARS[name](x, quantized, spec, bias)
+    assert y.dtype == dtype
+    assert torch.equal(y, reference.linear(x, quantized, spec, bias))
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (128, 64), (192, 384)])
+@pytest.mark.usefixtures("operators")
+def test_shapes_that_marlin_takes(n, k):
+    spec = spec_of(32)
+    quantized, x = grid.quantize(randn(n, k), spec), randn(7, k, dtype=BF16)
+    for linear in (vllm.marlin, sgl.marlin):
+        assert torch.equal(linear(x, quantized, spec), reference.linear(x, quantized, spec))
+
+
+@pytest.mark.usefixtures("operators")
+def test_marlin_scales_a_single_group_after_the_gemm_and_machete_refuses_it():
+    """To Marlin a row of one group is channel-wise; Machete knows no other order than the grouped one."""
+    quantized, x = grid.quantize(randn(128, 128), GROUPED), randn(3, 128, dtype=BF16)
+    assert torch.equal(vllm.marlin(x, quantized, GROUPED), F.linear(x, quantized.codes.to(BF16)) * quantized.scale.T)
+    with pytest.raises(ValueError, match=r"N=128, K=128: Machete needs .* several groups in a row"):
+        vllm.machete(x, quantized, GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "k", "message"),
+    [
+        ("vllm-marlin", 64, 64, "N=64, K=64: Marlin needs N % 64 == 0 and K % 128"),
+        ("sgl-marlin", 96, 256, "N=96, K=256: Marlin needs"),
+        ("vllm-machete", 64, 256, "N=64, K=256: Machete needs N % 128 == 0"),
+    ],
+)
+@pytest.mark.usefixtures("operators")
+def test_shapes_that_a_kernel_cannot_take_are_an_error_with_their_sizes(name, n, k, message):
+    spec = spec_of(64)
+    with pytest.raises(ValueError, match=message):
+        LINEARS[name](randn(2, k, dtype=BF16), grid.quantize(randn(n, k), spec), spec)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.usefixtures("operators")
+def test_input_or_bias_of_another_dtype_is_an_error_that_says_what_to_do(name):
+    """The kernel would read its bits as numbers of the served dtype, or refuse it in words of its own."""
+    quantized = grid.quantize(randn(128, 256), GROUPED)
+    with pytest.raises(ValueError, match=r"input is float32 and int4 g128 .* served in bfloat16: run the model in .*"):
+        LINEARS[name](randn(2, 256), quantized, GROUPED)
+    with pytest.raises(ValueError, match=r"bias is float16 .* torch\.autocast .* served_dtype=torch\.float16"):
+        LINEARS[name](randn(2, 256, dtype=BF16), quantized, GROUPED, randn(128, dtype=FP16))
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 13, 300])
+@pytest.mark.parametrize("group_size", [64, None], ids=["g64", "channel"])
+@pytest.mark.usefixtures("operators")
+def test_each_row_goes_through_its_own_expert(group_size, rows, experts):
+    spec = spec_of(group_size)
+    quantized, x = grid.quantize(randn(experts, 128, 256), spec), randn(rows, 256, dtype=BF16, seed=1)
+    expert_of_row = torch.randint(experts, (rows,), generator=torch.Generator().manual_seed(2))
+    assert vllm.expert_linear_unavailable(spec, CUDA) is None
+    y = vllm.expert_linear(x, quantized, expert_of_row, spec)
+    assert torch.equal(y, by_expert(reference.linear, x, quantized, expert_of_row, spec))
+
+
+def by_expert(
+    linear: Callable, x: Tensor, quantized: grid.Quantized, expert_of_row: Tensor, spec: TensorSpec
+) -> Tensor:
+    y = x.new_empty(len(x), quantized.codes.shape[1])
+    for expert in expert_of_row.unique().tolist():
+        rows = expert_of_row == expert
+        y[rows] = linear(x[rows], grid.Quantized(*(tensor[expert] for tensor in quantized)), spec)
+    return y
+
+
+@pytest.mark.usefixtures("operators")
+def test_no_rows_and_rows_of_no_expert():
+    quantized = grid.quantize(randn(2, 128, 256), GROUPED)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert vllm.expert_linear(randn(0, 256, dtype=BF16), quantized, nothing, GROUPED).shape == (0, 128)
+    with pytest.raises(ValueError, match="there are 2 experts, the rows name 1 to 2"):
+        vllm.expert_linear(randn(2, 256, dtype=BF16), quantized, torch.tensor([1, 2]), GROUPED)
+
+
+def test_blocks_of_experts_are_those_of_the_engine():
+    """The example of vLLM's ``moe_align_block_size``: each expert's rows in order, filled up with the index of none."""
+    chosen = torch.tensor([2, 3, 4, 1, 2, 4, 1, 3, 4, 1, 2, 3]) - 1
+    slots, owners = vllm.blocks_of_experts(chosen, 4, 4)
+    assert slots.tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
+    assert owners.tolist() == [0, 1, 2, 3]
+    slots, owners = vllm.blocks_of_experts(torch.tensor([2, 0, 2, 2]), 3, 2)
+    assert slots.tolist() == [1, 4, 0, 2, 3, 4]
+    assert owners.tolist() == [0, 2, 2]
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "spec", "device", "reason"),
+    [
+        (REASONS, GROUPED, "cpu", "runs on CUDA devices, the model is on cpu"),
+        (REASONS, spec_of(128, FP32), "cuda", "in bfloat16 and float16, the scheme is served in float32"),
+        (REASONS, replace(GROUPED, scale_dtype=FP16), "cuda", "bfloat16: the scheme stores them in float16"),
+        (["vllm-machete"], CHANNEL, "cuda", "scales before the GEMM"),
+        (["vllm-machete"], spec_of(32), "cuda", "groups of 64 and 128, not of 32"),
+    ],
+)
+@pytest.mark.usefixtures("operators")
+def test_specs_and_devices_that_a_kernel_does_not_compute(names, spec, device, reason):
+    assert all(reason in REASONS[name](spec, torch.device(device)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"),
+    [((7, 5), REASONS), ((8, 9), ["vllm-machete"]), ((10, 0), ["vllm-machete"]), (None, REASONS)],
+)
+@pytest.mark.usefixtures("operators")
+def test_gpus_that_a_kernel_does_not_run_on(monkeypatch, found, refused):
+    monkeypatch.setattr(engines, "capability", lambda device: found)
+    message = "no device cuda" if found is None else "needs a GPU of compute capability"
+    for name, unavailable in REASONS.items():
+        reason = unavailable(GROUPED, CUDA)
+        assert (message in reason) if name in refused else reason is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (GEMM.replace("Tensor workspace", "Tensor locks"), "has no argument workspace and needs locks, which Lockstep"),
+        (GEMM.replace("bool is_zp_float", "bool is_zp_float, bool new"), "needs new, which Lockstep does not pass"),
+    ],
+)
+def test_operator_with_other_arguments_is_refused_with_its_schema(register, schema, message):
+    """Arguments that changed their meaning or order between versions must not be filled by position."""
+    register("_C::gptq_marlin_repack")
+    register("_C::marlin_gemm", schema)
+    reason = vllm.marlin_unavailable(GROUPED, CUDA)
+    assert reason.startswith("_C::marlin_gemm of ")
+    assert message in reason
+    assert "its schema is _C::marlin_gemm(Tensor a, " in reason
+    quantized = grid.quantize(randn(128, 256), GROUPED)
+    with pytest.raises(EngineUnavailable, match=message):
+        vllm.marlin(randn(2, 256, dtype=BF16), quantized, GROUPED)
+
+
+def test_argument_that_has_a_default_is_none_of_our_business(register):
+    register("_C::gptq_marlin_repack")
+    register("_C::marlin_gemm", GEMM.replace("bool is_zp_float", "bool is_zp_float, bool new=False"))
+    assert vllm.marlin_unavailable(GROUPED, CUDA) is None
+
+
+def test_operator_that_was_declared_but_not_compiled_is_refused(register):
+    """As Machete is in builds without Hopper."""
+    register("_C::machete_prepack_B")
+    register("_C::machete_mm", keys=("CPU",))
+    assert "was built without its CUDA kernel" in vllm.machete_unavailable(GROUPED, CUDA)
+
+
+# How libraries are found ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(register, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Puts an engine of version 9.8.7 on the path that fails when it is imported; returns its folder."""
+
+    def plant(package: str, *libraries: str, namespace_package: bool = False) -> Path:
+        folder = tmp_path / package
+        for library in libraries:
+            (folder / library).parent.mkdir(parents=True, exist_ok=True)
+            (folder / library).write_bytes(b"no library at all")
+        folder.mkdir(exist_ok=True)
+        if not namespace_package:
+            (folder / "__init__.py").write_text("raise AssertionError('the engine was imported')")
+        information = tmp_path / f"{package}-9.8.7.dist-info" / "METADATA"
+        information.parent.mkdir()
+        information.write_text(f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: 9.8.7\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return folder
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("name", "install"), [("vllm-marlin", "pip install vllm"), ("sgl-marlin", "pip install sgl-kernel==0.3.21")]
+)
+@pytest.mark.usefixtures("register")
+def test_engine_that_is_not_installed(monkeypatch, name, install):
+    monkeypatch.setattr(engines, "find_spec", lambda package: None)
+    assert REASONS[name](GROUPED, CUDA).endswith(f"is not installed: {install}")
+    assert vllm.MARLIN_GEMM.origin() is None
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "patterns"),
+    [("vllm", "vllm-marlin", "_C*.so or _moe_C*.so"), ("sgl_kernel", "sgl-marlin", "common_ops*.so or common_ops*.so")],
+)
+def test_package_without_libraries(planted, package, name, patterns):
+    """A source checkout on the path, for one."""
+    folder = planted(package)
+    reason = REASONS[name](GROUPED, CUDA)
+    assert f"{package} 9.8.7 at {folder} has no compiled library" in reason
+    assert patterns in reason
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "library"),
+    [
+        ("vllm", "vllm-marlin", "_C.abi3.so"),
+        ("vllm", "vllm-machete", "_C_stable_libtorch.abi3.so"),
+        ("vllm", "experts", "_C.abi3.so"),
+        ("sgl_kernel", "sgl-marlin", "common_ops.abi3.so"),
+    ],
+)
+def test_library_that_does_not_load_is_a_reason_with_both_versions(planted, package, name, library):
+    """A wheel that was built for another torch, in the most cases."""
+    folder = planted(package, library)
+    reason = REASONS[name](GROUPED, CUDA)
+    assert reason.startswith(f"{package} 9.8.7 at {folder} does not load into torch {torch.__version__}")
+    assert f"{folder / library}: " in reason
+    assert "\n" not in reason
+
+
+def test_libraries_without_the_operator(planted):
+    """An operator moves between libraries and goes away; then what was looked at is named."""
+    folder = planted("vllm", "_C.abi3.so", "_moe_C.abi3.so")
+    some_library = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    for name in ("_C.abi3.so", "_moe_C.abi3.so"):
+        shutil.copy(some_library, folder / name)
+    reason = vllm.marlin_unavailable(GROUPED, CUDA)
+    assert f"{folder} has no operator _C::gptq_marlin_repack in _C.abi3.so, _moe_C.abi3.so" in reason
+
+
+@pytest.mark.parametrize("namespace_package", [False, True])
+def test_operators_are_looked_for_until_they_are_there(planted, register, monkeypatch, namespace_package):
+    """Here one of two lies in the second library, as in a version that moved it; each library is loaded once."""
+    folder = planted(
+        "planted", "_C.abi3.so", "_C_stable.abi3.so", "_moe_C.abi3.so", namespace_package=namespace_package
+    )
+    engine = Engine("planted", ("planted",), "pip install planted", lambda: ("_moe_C*.so", "_C*.so"))
+    first, second = (replace(one, engine=engine) for one in (vllm.MARLIN_GEMM, vllm.GPTQ_MARLIN_REPACK))
+    loaded = []
+
+    def load(path: str) -> None:
+        loaded.append(Path(path).name)
+        if loaded[-1] == "_C.abi3.so":
+            register("_C::marlin_gemm")
+        if loaded[-1] == "_C_stable.abi3.so":
+            register("_C::gptq_marlin_repack")
+
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    assert first.origin() == second.origin() == f"planted 9.8.7 at {folder}"
+    assert not loaded  # to say where it is, nothing is loaded
+    assert engines.unresolved(first) is None
+    assert loaded == ["_C.abi3.so"]
+    assert engines.unresolved(first, second) is None
+    assert loaded == ["_C.abi3.so", "_moe_C.abi3.so", "_C_stable.abi3.so"]
+    assert first.origin() == f"planted 9.8.7 at {folder / '_C.abi3.so'}"
+    assert second.origin() == f"planted 9.8.7 at {folder / '_C_stable.abi3.so'}"
+
+
+@pytest.mark.usefixtures("operators")
+def test_operators_of_an_engine_that_is_imported_are_used_as_they_are(planted, monkeypatch):
+    folder = planted("vllm", "_C.abi3.so")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded a second time"))
+    assert vllm.marlin_unavailable(GROUPED, CUDA) is None
+    assert vllm.MARLIN_GEMM.origin() == f"vllm 9.8.7 at {folder}"
+
+
+def test_version_without_metadata_beside_the_folder_is_unknown(planted, tmp_path, monkeypatch):
+    """Another copy's version, from elsewhere on the path, would be a wrong one in a report."""
+    folder = planted("vllm", "_C.abi3.so")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "vllm-9.8.7.dist-info", tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    assert metadata.version("vllm") == "9.8.7"
+    assert vllm.MARLIN_GEMM.origin() == f"vllm (unknown version) at {folder}"
+
+
+@pytest.mark.usefixtures("register")
+def test_stand_in_for_an_engine_is_no_engine(monkeypatch):
+    """A module that somebody put into sys.modules, as tests do, has no folder."""
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    assert vllm.marlin_unavailable(GROUPED, CUDA) == "vllm is not installed: pip install vllm"
+
+
+@pytest.mark.parametrize(("found", "library"), [((9, 0), "sm90"), ((8, 9), "sm100"), ((10, 0), "sm100")])
+def test_sglang_has_one_library_for_hopper_and_one_for_the_rest(monkeypatch, found, library):
+    """Loading both would register each operator twice, which ends the process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
+    assert sgl.SGL.libraries() == (f"{library}/common_ops*.so", "common_ops*.so")
+
+
+# On a GPU: the real kernels ------------------------------------------------------------------------------------------
+
+
+def on_gpu(package: str) -> pytest.MarkDecorator:
+    missing = not torch.cuda.is_available() or find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs a CUDA device and {package}'s compiled libraries")
+
+
+def usable(name: str, spec: TensorSpec) -> None:
+    if reason := REASONS[name](spec, CUDA):
+        pytest.skip(reason)
+
+
+def shares(y: Tensor, expected: Tensor) -> float:
+    assert y.dtype == expected.dtype
+    assert y.shape == expected.shape
+    assert y.isfinite().all()
+    return (y == expected).double().mean().item()
+
+
+# Sums of 4096 products in another order: 99.85 % and more were equal in bf16, 99.1 % in fp16 (FORMATS 10b, one H200).
+LEAST_EQUAL = {BF16: 0.98, FP16: 0.97}
+
+GPU_KERNELS = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vllm-marlin", marks=on_gpu("vllm")),
+        pytest.param("vllm-machete", marks=on_gpu("vllm")),
+        pytest.param("sgl-marlin", marks=on_gpu("sgl_kernel")),
+    ],
+)
+
+
+@on_gpu("vllm")
+def test_gpu_installed_vllm_is_usable():
+    """The other tests here skip with its reason where a kernel is refused; this one does not."""
+    assert vllm.marlin_unavailable(GROUPED, CUDA) is None
+    assert vllm.expert_linear_unavailable(GROUPED, CUDA) is None
+    assert ".so" in vllm.MARLIN_GEMM.origin()
+
+
+@GPU_KERNELS
+@DTYPES
+@GROUPINGS
+@pytest.mark.parametrize("shape", [(4096, 4096), (128, 256), (64, 384), (384, 192)], ids=str)
+def test_gpu_identity_reads_the_weights_back_exactly(name, group_size, dtype, shape):
+    """One product in each sum: RN(code * scale) comes out, every bit, grouped and channel-wise."""
+    spec = spec_of(group_size, dtype)
+    usable(name, spec)
+    if (name == "vllm-machete" and shape[0] % 128) or (group_size and shape[1] % group_size):
+        pytest.skip("not a shape of this kernel or grouping")
+    n, k = shape
+    quantized = grid.quantize(randn(n, k, device=CUDA) * 0.02, spec)
+    identity = torch.eye(k, dtype=dtype, device=CUDA)
+    assert torch.equal(LINEARS[name](identity, quantized, spec).T, grid.dequantize(quantized, spec))
+
+
+@GPU_KERNELS
+@DTYPES
+@GROUPINGS
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_gpu_outputs_differ_from_the_reference_in_the_order_of_fp32_additions_alone(name, rows, group_size, dtype):
+    spec = spec_of(group_size, dtype)
+    usable(name, spec)
+    quantized = grid.quantize(randn(4096, 4096, device=CUDA) * 0.02, spec)
+    x = randn(rows, 4096, dtype=dtype, seed=1, device=CUDA)
+    y = LINEARS[name](x, quantized, spec)
+    assert shares(y, reference.linear(x, quantized, spec)) >= LEAST_EQUAL[dtype]
+
+
+@GPU_KERNELS
+@DTYPES
+@GROUPINGS
+def test_gpu_bias_is_added_after_the_rounding(name, group_size, dtype):
+    spec = spec_of(group_size, dtype)
+    usable(name, spec)
+    quantized = grid.quantize(randn(512, 1024, device=CUDA) * 0.02, spec)
+    x = randn(2, 8, 1024, dtype=dtype, seed=1, device=CUDA)
+    bias = randn(512, dtype=dtype, seed=2, device=CUDA)
+    y = LINEARS[name](x, quantized, spec, bias)
+    assert torch.equal(y, LINEARS[name](x, quantized, spec) + bias)
+    assert shares(y, reference.linear(x, quantized, spec, bias)) >= LEAST_EQUAL[dtype]
+
+
+@GPU_KERNELS
+def test_gpu_kernel_computes_the_same_twice(name):
+    """No atomic additions."""
+    usable(name, GROUPED)
+    quantized = grid.quantize(randn(512, 4096, device=CUDA), GROUPED)
+    x = randn(16, 4096, dtype=BF16, seed=1, device=CUDA)
+    run = partial(LINEARS[name], x, quantized, GROUPED)
+    assert torch.equal(run(), run())
+
+
+@GPU_KERNELS
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gpu_kernel_runs_where_its_tensors_are(name):
+    usable(name, GROUPED)
+    y = []
+    for device in ("cuda:0", "cuda:1"):
+        quantized = grid.quantize(randn(512, 1024, device=torch.device(device)), GROUPED)
+        y.append(LINEARS[name](randn(4, 1024, dtype=BF16, seed=1, device=torch.device(device)), quantized, GROUPED))
+    assert torch.equal(y[0].cpu(), y[1].cpu())
+
+
+@on_gpu("vllm")
+def test_gpu_vllm_repacks_as_we_do():
+    codes = grid.quantize(randn(192, 384, device=CUDA), GROUPED).codes
+    assert torch.equal(vllm._marlin_words(codes).cpu(), layout.pack_weight(codes.cpu()))
+
+
+@on_gpu("vllm")
+@DTYPES
+@GROUPINGS
+@pytest.mark.parametrize("experts", [1, 8])
+def test_gpu_experts_read_their_weights_back_exactly(experts, group_size, dtype):
+    spec = spec_of(group_size, dtype)
+    quantized = grid.quantize(randn(experts, 256, 512, device=CUDA) * 0.02, spec)
+    x = torch.eye(512, dtype=dtype, device=CUDA).repeat(experts, 1)
+    expert_of_row = torch.arange(experts, device=CUDA).repeat_interleave(512)
+    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    y = torch.empty(len(x), 256, dtype=dtype, device=CUDA)
+    y[mixed] = vllm.expert_linear(x[mixed], quantized, expert_of_row[mixed], spec)
+    assert torch.equal(y.view(experts, 512, 256).mT, grid.dequantize(quantized, spec))
+
+
+@on_gpu("vllm")
+@DTYPES
+@GROUPINGS
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_gpu_expert_outputs_are_those_of_the_reference(rows, group_size, dtype):
+    spec = spec_of(group_size, dtype)
+    quantized = grid.quantize(randn(4, 1024, 2048, device=CUDA) * 0.02, spec)
+    x = randn(rows, 2048, dtype=dtype, seed=1, device=CUDA)
+    expert_of_row = torch.randint(4, (rows,), generator=torch.Generator().manual_seed(2)).to(CUDA)
+    y = vllm.expert_linear(x, quantized, expert_of_row, spec)
+    assert shares(y, by_expert(reference.linear, x, quantized, expert_of_row, spec)) >= LEAST_EQUAL[dtype]
