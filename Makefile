@@ -24,8 +24,8 @@ lint: $(VENV)/.stamp-dev
 docs: $(VENV)/.stamp-docs  ## into site/; a broken link or reference is an error
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.stamp-dev  ## the CPU-sized benchmarks
-	$(BIN)/python benchmarks/layer_step.py
+bench: $(VENV)/.stamp-dev  ## every benchmark in a size for CPUs, about a minute
+	$(BIN)/python benchmarks/run.py --quick --device cpu
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.stamp-%: pyproject.toml constraints.txt

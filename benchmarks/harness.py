@@ -2,7 +2,8 @@
 
 Timing: every case of a comparison lives in one process and takes its turn in each round (A B C A B C ...), so that a
 drift of the clocks hits all alike; a ratio is the median of the ratios within a round. On CUDA a time is that between
-two events around a whole step which starts on an idle device, so that a path which is slow to launch shows it.
+two events around a whole step which follows another of its own case, as in training: launching runs ahead of the device
+where it can, and a path which launches more slowly than the device works shows it.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ def interleave(cases: Sequence[Case], device: torch.device, rounds: int, warmup:
 
 def _turn(case: Case, device: torch.device, keep: bool) -> None:
     try:
+        if device.type == "cuda":
+            case.before()
+            case.step()
         case.before()
         seconds = _seconds(case.step, device) / case.repeats
     except Exception as error:  # whatever a peer raises: the other rows are still wanted
@@ -175,7 +179,6 @@ def _turn(case: Case, device: torch.device, keep: bool) -> None:
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
     if device.type != "cuda":
         started = time.perf_counter()
         step()

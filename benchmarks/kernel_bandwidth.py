@@ -207,7 +207,7 @@ class Weights:
         with torch.cuda.graph(graph):
             results = [run(one) for one in inputs]  # all kept, so that no result is written over another
 
-        def replay(keep: object = results) -> None:
+        def replay(keep: object = (inputs, results)) -> None:  # the graph itself keeps no memory alive
             for _ in range(REPLAYS):
                 graph.replay()
 

@@ -42,8 +42,8 @@ def quantize(w: Tensor, spec: TensorSpec) -> Quantized:
         TypeError: `w` has another dtype.
         ValueError: K does not divide into the spec's groups.
     """
-    check(w, spec)
-    groups = w.unflatten(-1, (_num_groups(w, spec), -1))
+    check(w.dtype, w.shape, spec)
+    groups = w.unflatten(-1, (_num_groups(w.shape, spec), -1))
     scale = _scale(groups, spec)
     return Quantized(_codes(groups, scale.unsqueeze(-1), spec).flatten(-2), scale)
 
@@ -51,7 +51,7 @@ def quantize(w: Tensor, spec: TensorSpec) -> Quantized:
 def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
     """``RN(code * scale)`` in the served dtype, in the shape of the codes: what the serving kernel multiplies with."""
     codes, scale = quantized
-    groups = codes.unflatten(-1, (_num_groups(codes, spec), -1))
+    groups = codes.unflatten(-1, (_num_groups(codes.shape, spec), -1))
     # A 4-bit code times a 16-bit scale is exact in fp32, so this rounds once, as the kernel's multiply does.
     return (groups.float() * scale.float().unsqueeze(-1)).to(spec.served_dtype).flatten(-2)
 
@@ -61,11 +61,11 @@ def fake_quantize(w: Tensor, spec: TensorSpec) -> Tensor:
     return dequantize(quantize(w, spec), spec)
 
 
-def check(w: Tensor, spec: TensorSpec) -> None:
+def check(dtype: torch.dtype, shape: torch.Size, spec: TensorSpec) -> None:
     """Refuse a weight that cannot be quantized as `spec` says, with the errors of `quantize`."""
-    if w.dtype not in DTYPES.values():
-        raise TypeError(f"weights are {', '.join(DTYPES)}; found {w.dtype} of shape {tuple(w.shape)}.")
-    _num_groups(w, spec)
+    if dtype not in DTYPES.values():
+        raise TypeError(f"weights are {', '.join(DTYPES)}; found {dtype} of shape {tuple(shape)}.")
+    _num_groups(shape, spec)
 
 
 def _scale(groups: Tensor, spec: TensorSpec) -> Tensor:
@@ -93,8 +93,8 @@ def _codes(groups: Tensor, scale: Tensor, spec: TensorSpec) -> Tensor:
     return codes.clamp(*spec.code_range).to(torch.int8)
 
 
-def _num_groups(w: Tensor, spec: TensorSpec) -> int:
+def _num_groups(shape: torch.Size, spec: TensorSpec) -> int:
     try:
-        return spec.num_groups(w.shape[-1])
+        return spec.num_groups(shape[-1])
     except ValueError as error:
-        raise ValueError(f"tensor of shape {tuple(w.shape)}: {error}") from None
+        raise ValueError(f"tensor of shape {tuple(shape)}: {error}") from None

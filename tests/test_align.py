@@ -426,7 +426,7 @@ def test_torch_s_own_int4_kernel_serves_fp32(tmp_path, group_size):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("marlin-9000", "no linear kernel 'marlin-9000': there are reference, torch-int4"),
+        ("marlin-9000", "no linear kernel 'marlin-9000': there are reference, triton, torch-int4, vllm-marlin"),
         ("torch-int4", r"linear kernel 'torch-int4' cannot compute int4 g128 .* here: it does not round code \* scale"),
     ],
     ids=["unknown", "unavailable"],

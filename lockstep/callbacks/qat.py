@@ -16,6 +16,7 @@ from lockstep.export.directory import ExportError, check_destination
 from lockstep.export.save import check_exportable, save_pretrained
 from lockstep.qat import statistics
 from lockstep.qat.prepare import prepare, quantized_modules, unprepare, unwrapped
+from lockstep.qat.reuse import Reuse
 from lockstep.scheme import Scheme
 
 
@@ -48,6 +49,7 @@ class QATCallback(Callback):
         export_format: ``"pack-quantized"``, ``"gptq"`` or ``"marlin"``.
         log_every_n_steps: 0 for never.
         overwrite: let the export replace an earlier one.
+        reuse: what the layers keep over the micro-batches of an optimizer step, see `lockstep.prepare`.
 
     Raises:
         ValueError, TypeError: see `lockstep.prepare`, at the start of the run.
@@ -64,6 +66,7 @@ class QATCallback(Callback):
         export_format: str = "pack-quantized",
         log_every_n_steps: int = 100,
         overwrite: bool = False,
+        reuse: Reuse | None = None,
     ) -> None:
         self.scheme = Scheme.of(scheme)
         self.targets = targets
@@ -73,6 +76,7 @@ class QATCallback(Callback):
         self.export_format = export_format
         self.log_every_n_steps = log_every_n_steps
         self.overwrite = overwrite
+        self.reuse = reuse
         self._quantized = False
         self._logged_step = 0
         self._logged_codes: dict[str, Tensor] = {}
@@ -159,7 +163,7 @@ class QATCallback(Callback):
         model = served_model(pl_module)
         self._rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
         first = not any(quantized_modules(model))
-        report = prepare(model, self.scheme, self.targets, self.ignore)
+        report = prepare(model, self.scheme, self.targets, self.ignore, self.reuse)
         if first:
             rank_zero_info(str(report))
         if trainer.state.fn == TrainerFn.FITTING:
@@ -181,7 +185,7 @@ class QATCallback(Callback):
     def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = trainer.state.fn != TrainerFn.FITTING or trainer.global_step >= self.start_step
         if due and not self._quantized:
-            prepare(served_model(pl_module), self.scheme, self.targets, self.ignore)
+            prepare(served_model(pl_module), self.scheme, self.targets, self.ignore, self.reuse)
         elif self._quantized and not due:
             unprepare(served_model(pl_module))
         self._quantized = due

@@ -128,8 +128,8 @@ def unresolved(*operators: Operator) -> str | None:
 @lru_cache
 def _library(operator: Operator) -> Path | None:
     """The library that registers the operator, loaded; None if it was registered by others before."""
-    if _registered(operator.name):
-        return None
+    if _registered(operator.name):  # with an operator that was asked for earlier, or by somebody else
+        return next((library for library in _libraries(operator)[1] if library in _LOADED), None) if _LOADED else None
     where, libraries = _libraries(operator)
     failures = []
     for library in libraries:
@@ -160,6 +160,9 @@ def _libraries(operator: Operator) -> tuple[str, list[Path]]:
     return engine.describe(folders[0]), sorted(found, key=lambda path: not path.name.startswith(f"{namespace}."))
 
 
+_LOADED: set[Path] = set()
+
+
 @lru_cache
 def _load(library: Path) -> str | None:
     """Load a library of operators into this process, once; the loader's first line if it does not load."""
@@ -167,6 +170,7 @@ def _load(library: Path) -> str | None:
         torch.ops.load_library(str(library))
     except OSError as error:
         return (str(error.__cause__ or error).splitlines() or ["it does not say why"])[0].removeprefix(f"{library}: ")
+    _LOADED.add(library)
     return None
 
 

@@ -2,6 +2,9 @@
 
 They are opaque on purpose: where inductor fuses, it drops the rounding to 16 bits between two operations, of the scale
 before the division as of the product before the bias, and those roundings are what C2 and C4 are about.
+
+The backward's fake quantization has a name of its own: two calls of one operator on one weight are one to the compiler,
+which would then keep the quantized weight from the forward to the backward.
 """
 
 from __future__ import annotations

@@ -13,14 +13,19 @@ from lockstep.layouts import marlin, words
 from lockstep.scheme import TensorSpec
 
 
-def fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """`grid.fake_quantize`, opaque to ``torch.compile``."""
-    return torch.ops.lockstep.fake_quantize.default(weight, *operators.fields(spec))
+def fake_quantize(weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor:
+    """`grid.fake_quantize`, opaque to ``torch.compile``, which does not merge a call that comes `again`."""
+    if operators.traced(weight):
+        operator = torch.ops.lockstep.fake_quantize_again if again else torch.ops.lockstep.fake_quantize
+        return operator.default(weight, *operators.fields(spec))
+    return _fake_quantize(weight, spec)
 
 
 def quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
     """`grid.quantize`, opaque to ``torch.compile``; the codes come in `dtype`."""
-    return Quantized(*torch.ops.lockstep.quantize.default(weight, dtype, *operators.fields(spec)))
+    if operators.traced(weight):
+        return Quantized(*torch.ops.lockstep.quantize.default(weight, dtype, *operators.fields(spec)))
+    return Quantized(*_quantize(weight, spec, dtype))
 
 
 def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -44,8 +49,9 @@ def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) ->
 def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` in the order of Marlin's W4A16 kernel, in `x`'s dtype.
 
-    Several groups: ``RN(x @ RN(code * scale))``. One group: ``RN(RN(x @ code) * scale)``. The bias is added after the
-    rounding. `x` is ``[..., K]``, the result ``[..., N]``; accumulation is the backend's (fp32 for 16-bit inputs).
+    Several groups: ``RN(x @ RN(code * scale))``, and then ``RN(. + bias)``. One group: ``RN(RN(x @ code) * scale)``, or
+    with a bias ``RN(RN(x @ code) * scale + bias)``: there the kernel multiplies and adds in one instruction. `x` is
+    ``[..., K]``, the result ``[..., N]``; accumulation is the backend's (fp32 for 16-bit inputs).
     """
     if spec.scale_follows_gemm(x.shape[-1]):
         return gemm(x, quantized.codes, quantized.scale, bias)
@@ -53,7 +59,7 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
 
 
 def gemm(x: Tensor, operand: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``RN(x @ operand.T)``, then times `scale` ``[N, 1]``, then plus `bias`, with a rounding after each."""
+    """``RN(x @ operand.T)``, then times `scale` ``[N, 1]`` and plus `bias` ``[N]``, with one more rounding."""
     y = F.linear(x, operand.to(x.dtype))
     return y if scale is None and bias is None else _epilogue(y, scale, bias)
 
@@ -68,14 +74,20 @@ def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Ten
 
 
 operators.define_fake_quantize("lockstep::fake_quantize", _fake_quantize)
+operators.define_fake_quantize("lockstep::fake_quantize_again", _fake_quantize)
 operators.define_quantize("lockstep::quantize", _quantize)
 
 
 @torch.library.custom_op("lockstep::epilogue", mutates_args=())
 def _epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    if scale is not None:
-        y = y * scale.squeeze(-1).to(y.dtype)
-    return y if bias is None else y + bias
+    if scale is None:
+        assert bias is not None
+        return y + bias
+    scale = scale.squeeze(-1).to(y.dtype)
+    if bias is None:
+        return y * scale
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * scale.to(wide) + bias.to(wide)).to(y.dtype)
 
 
 @_epilogue.register_fake

@@ -1,7 +1,6 @@
 """A W4A16 GEMM over packed words, in the serving kernel's order, for GPUs on which no engine is installed (Triton).
 
-Grouped: ``RN(x @ RN(code * scale))`` with fp32 accumulation, as Marlin and Machete compute it (C4). One group:
-``RN(RN(x @ code) * scale)``, as Marlin does. The bias is added after the rounding. The order of the additions is this
+The order is `reference.linear`'s, with fp32 accumulation. The order of the additions is this
 kernel's own, so outputs differ from another kernel's in the last bit now and then; the operands never do.
 """
 
@@ -41,11 +40,13 @@ def _gemm_kernel(
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     dtype: tl.constexpr = out.dtype.element_ty
     y = _round(total, dtype)
-    if after:
-        scale = tl.load(scales + column, mask=column < n, other=0.0)
-        y = _round(_widen(y) * _widen(scale)[None, :], dtype)
-    if bias is not None:
-        y = _round(_widen(y) + _widen(tl.load(bias + column, mask=column < n, other=0.0))[None, :], dtype)
+    if after or bias is not None:
+        wide = _widen(y)
+        if after:
+            wide *= _widen(tl.load(scales + column, mask=column < n, other=0.0))[None, :]
+        if bias is not None:
+            wide += _widen(tl.load(bias + column, mask=column < n, other=0.0))[None, :]
+        y = _round(wide, dtype)
     tl.store(out + row * n + column[None, :], y, mask=(row < m) & (column[None, :] < n))
 
 

@@ -18,7 +18,8 @@ channel-wise row may be longer than the registers are, and is read a second time
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -257,10 +258,11 @@ def _dequantize_kernel(packed, scales, out, words, size: tl.constexpr, block: tl
 # The operators -------------------------------------------------------------------------------------------------------
 
 
-def fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """`grid.fake_quantize` in one pass, opaque to ``torch.compile``."""
+def fake_quantize(weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor:
+    """`grid.fake_quantize` in one pass, opaque to ``torch.compile``, which does not merge a call that comes `again`."""
     if operators.traced(weight):
-        return torch.ops.lockstep.triton_fake_quantize.default(weight, *operators.fields(spec))
+        operator = torch.ops.lockstep.triton_fake_quantize_again if again else torch.ops.lockstep.triton_fake_quantize
+        return operator.default(weight, *operators.fields(spec))
     return _fake_quantize(weight, spec)
 
 
@@ -277,12 +279,12 @@ def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: K is not a multiple of 8.
     """
-    weight = _checked(weight, spec)
     *rows, k = weight.shape
     if k % 8:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: words hold 8 codes, {k} inputs do not fill them.")
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, torch.int32, "words")
     words, scale = weight.new_empty(*rows, k // 8, dtype=torch.int32), _empty_scale(weight, spec)
-    _quantized(weight, words, scale, spec, "words")
+    launch(weight.contiguous(), words, scale)
     return words, scale
 
 
@@ -292,17 +294,14 @@ def pack_marlin(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: N is not a multiple of 64 or K not one of 16.
     """
-    weight = _checked(weight, spec)
     *experts, n, k = weight.shape
     marlin.check(n, k, spec.bits)
+    launch, weight = _marlin_launch(spec, weight.dtype, weight.shape), weight.contiguous()
     words, scale = weight.new_empty(*experts, k // 16, 2 * n, dtype=torch.int32), _empty_scale(weight, spec)
     groups = scale.shape[-1]
     if groups == 1:  # a row may be longer than a tile
-        _quantized(weight, None, scale, spec, "scale")
-    arguments = (n, k, k // groups, MARLIN_BLOCK, _rule(spec, weight.dtype), groups > 1)
-    if weight.numel():
-        programs = (_programs(k, MARLIN_BLOCK), n // marlin.TILE_N, weight.numel() // (n * k))
-        _launch(_marlin_kernel, programs, (weight, words, scale), *arguments)
+        _quantize_launch(spec, weight.dtype, weight.shape, None, "scale")(weight, None, scale)
+    launch(weight, words, scale)
     return words, marlin.pack_scales(scale) if groups == 1 else scale.view(*experts, groups, n)
 
 
@@ -313,8 +312,7 @@ def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) ->
     """
     *rows, columns = packed.shape
     out = packed.new_empty(*rows, columns * 8, dtype=spec.served_dtype)
-    programs, size = _programs(packed.numel(), UNPACK_BLOCK), spec.group_size or columns * 8
-    _launch(_dequantize_kernel, programs, (packed, scale, out), packed.numel(), size, UNPACK_BLOCK)
+    _dequantize_launch(spec, packed.shape, scale is None)(packed, scale, out)
     return out
 
 
@@ -327,55 +325,92 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _quantized(weight: Tensor, out: Tensor | None, scale: Tensor | None, spec: TensorSpec, result: str) -> None:
-    """Launch the kernel for the grouping of `spec` on a contiguous weight."""
-    size = spec.group_size or weight.shape[-1]
-    rows, rule = weight.numel() // size if size else 0, _rule(spec, weight.dtype)
-    if spec.group_size:
-        block = (PACK_BLOCK if result == "words" else BLOCK) // size
-        _launch(_groups_kernel, _programs(rows, block), (weight, out, scale), rows, size, block, rule, result)
-    else:
-        block = max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
-        _launch(_rows_kernel, rows, (weight, out, scale), size, block, rule, result)
+def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, spec.served_dtype, "weight")
+    weight = weight.contiguous()
+    out = torch.empty_like(weight, dtype=spec.served_dtype)
+    launch(weight, out, None)
+    return out
 
 
-_COMPILED: dict[tuple, Any] = {}
-
-
-def _launch(kernel: Any, programs: int | tuple[int, ...], tensors: tuple[Tensor | None, ...], *arguments: Any) -> None:
-    """``kernel[programs](*tensors, *arguments)`` on the device of the first tensor.
-
-    Triton's own look-up of the compiled kernel takes longer than the kernel of a small layer runs, so it is skipped
-    where everything that it specializes on is as it was before.
-    """
-    if not programs:
-        return
-    device: Any = tensors[0].device  # type: ignore[union-attr]
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, programs, tensors, *arguments)
-        return
-    programs = programs if isinstance(programs, tuple) else (programs, 1, 1)
-    facts = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
-    key = (id(kernel), device, *facts, *arguments)
-    if (compiled := _COMPILED.get(key)) is not None:
-        compiled[programs](*tensors, *arguments)
-    else:
-        _COMPILED[key] = kernel[programs](*tensors, *arguments, enable_fp_fusion=False)
-
-
-def _programs(elements: int, block: int) -> int:
-    return -(-elements // block)  # triton.cdiv costs as much as a third of a launch
-
-
-def _checked(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """`weight`, contiguous; the errors are `grid.quantize`'s."""
-    grid.check(weight, spec)
-    return weight.contiguous()
+def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, dtype, "codes")
+    weight = weight.contiguous()
+    codes, scale = torch.empty_like(weight, dtype=dtype), _empty_scale(weight, spec)
+    launch(weight, codes, scale)
+    return codes, scale
 
 
 def _empty_scale(weight: Tensor, spec: TensorSpec) -> Tensor:
     return weight.new_empty(*weight.shape[:-1], spec.num_groups(weight.shape[-1]), dtype=spec.scale_dtype)
+
+
+operators.define_fake_quantize("lockstep::triton_fake_quantize", _fake_quantize)
+operators.define_fake_quantize("lockstep::triton_fake_quantize_again", _fake_quantize)
+operators.define_quantize("lockstep::triton_quantize", _quantize)
+
+
+# Launching -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Launch:
+    """A kernel with all of its arguments but the tensors.
+
+    Triton looks up what it compiled at each launch, which takes longer than the kernel of a small layer runs. Here all
+    that this look-up depends on is fixed, but for the device and whether the tensors begin at multiples of 16 bytes.
+    """
+
+    kernel: Any
+    programs: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    compiled: dict[tuple[int | None, bool], Any] = field(default_factory=dict)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if 0 in self.programs:
+            return
+        device = tensors[0].device  # type: ignore[union-attr]
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(*tensors)
+            return
+        key = (device.index, any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None))
+        if (compiled := self.compiled.get(key)) is not None:
+            compiled[self.programs](*tensors, *self.arguments)
+        else:
+            launched = self.kernel[self.programs](*tensors, *self.arguments, enable_fp_fusion=False)
+            # Of unaligned tensors each may be another one the next time.
+            self.compiled[key] = None if key[1] else launched
+
+
+@lru_cache
+def _quantize_launch(
+    spec: TensorSpec, master: torch.dtype, shape: torch.Size, out: torch.dtype | None, result: str
+) -> _Launch:
+    """Scales, and the `result` ("weight", "codes", "words" or, alone, "scale") in dtype `out`."""
+    grid.check(master, shape, spec)
+    size = spec.group_size or shape[-1]
+    rows, rule = shape.numel() // size if size else 0, _rule(spec, master)
+    if spec.group_size:
+        block = (PACK_BLOCK if result == "words" else BLOCK) // size
+        return _Launch(_groups_kernel, (triton.cdiv(rows, block), 1, 1), (rows, size, block, rule, result))
+    block = max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
+    return _Launch(_rows_kernel, (rows, 1, 1), (size, block, rule, result))
+
+
+@lru_cache
+def _marlin_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size) -> _Launch:
+    grid.check(master, shape, spec)
+    *experts, n, k = shape
+    groups = spec.num_groups(k)
+    programs = (triton.cdiv(k, MARLIN_BLOCK), n // marlin.TILE_N, math.prod(experts))
+    return _Launch(_marlin_kernel, programs, (n, k, k // groups, MARLIN_BLOCK, _rule(spec, master), groups > 1))
+
+
+@lru_cache
+def _dequantize_launch(spec: TensorSpec, shape: torch.Size, codes: bool) -> _Launch:
+    size, words = spec.group_size or shape[-1] * 8, shape.numel()
+    return _Launch(_dequantize_kernel, (triton.cdiv(words, UNPACK_BLOCK), 1, 1), (words, size, UNPACK_BLOCK))
 
 
 @lru_cache
@@ -392,21 +427,3 @@ def _rule(spec: TensorSpec, master: torch.dtype) -> Arithmetic:
         limit=torch.finfo(spec.scale_dtype).max,
         served=TL_DTYPES[spec.served_dtype],
     )
-
-
-def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
-    weight = _checked(weight, spec)
-    out = torch.empty_like(weight, dtype=spec.served_dtype)
-    _quantized(weight, out, None, spec, "weight")
-    return out
-
-
-def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight = _checked(weight, spec)
-    codes, scale = torch.empty_like(weight, dtype=dtype), _empty_scale(weight, spec)
-    _quantized(weight, codes, scale, spec, "codes")
-    return codes, scale
-
-
-operators.define_fake_quantize("lockstep::triton_fake_quantize", _fake_quantize)
-operators.define_quantize("lockstep::triton_quantize", _quantize)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lockstep import grid, kernels
 from lockstep.grid import Quantized
-from lockstep.kernels import reference
+from lockstep.kernels import Quantizer, reference
 from lockstep.qat.reuse import Kept
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -78,9 +78,9 @@ class _StraightThroughLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: TensorSpec, kept: Kept | None
     ) -> Tensor:
         x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
-        ctx.spec, ctx.kept = spec, kept
+        ctx.how = (spec, kernels.training(spec, weight.device), kept)
         ctx.save_for_backward(x if weight_has_grad else None, weight if x_has_grad else None)
-        return reference.gemm(x, *_operand(weight, spec, kept), bias)
+        return reference.gemm(x, *_operand(weight, *ctx.how), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,7 +91,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # The quantized weight has no name here, so that its memory is free again for the gradient of the master.
-            grad_x = grad_rows.mm(_served(weight, ctx.spec, ctx.kept).to(grad.dtype)).view(*grad.shape[:-1], -1)
+            grad_x = grad_rows.mm(_served(weight, *ctx.how).to(grad.dtype)).view(*grad.shape[:-1], weight.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_weight = grad_rows.T.mm(x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
@@ -99,28 +99,24 @@ class _StraightThroughLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _operand(weight: Tensor, spec: TensorSpec, kept: Kept | None) -> tuple[Tensor, Tensor | None]:
+def _operand(weight: Tensor, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> tuple[Tensor, Tensor | None]:
     """What the serving GEMM multiplies with, and the scale that follows it if one does."""
-    kernel, scale_follows = kernels.training(spec, weight.device), spec.scale_follows_gemm(weight.shape[-1])
-
-    def quantized() -> tuple[Tensor, Tensor | None]:
+    scale_follows = spec.scale_follows_gemm(weight.shape[-1])
+    if kept is not None and kept.what == "codes":
+        words, scale = kept.of(weight, lambda: kernel.pack_quantized(weight, spec))
         if scale_follows:
-            return kernel.quantize(weight, spec, spec.served_dtype)
-        return kernel.fake_quantize(weight, spec), None
-
-    if kept is None:
-        return quantized()
-    if kept.what == "weight":
-        return kept.of(weight, quantized)
-    words, scale = kept.of(weight, lambda: kernel.pack_quantized(weight, spec))
+            return kernel.dequantize_packed(words, None, spec), scale
+        return kernel.dequantize_packed(words, scale, spec), None
+    if kept is not None:
+        return kept.of(weight, lambda: _operand(weight, spec, kernel, None))
     if scale_follows:
-        return kernel.dequantize_packed(words, None, spec), scale
-    return kernel.dequantize_packed(words, scale, spec), None
+        return kernel.quantize(weight, spec, spec.served_dtype)
+    return kernel.fake_quantize(weight, spec), None
 
 
-def _served(weight: Tensor, spec: TensorSpec, kept: Kept | None) -> Tensor:
+def _served(weight: Tensor, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> Tensor:
     """The weight as it is served, through which the gradient flows."""
     if kept is None:
-        return kernels.training(spec, weight.device).fake_quantize(weight, spec)
-    operand, scale = _operand(weight, spec, kept)
+        return kernel.fake_quantize(weight, spec, again=True)
+    operand, scale = _operand(weight, spec, kernel, kept)
     return operand if scale is None else grid.dequantize(Quantized(operand, scale), spec)
