@@ -1,9 +1,10 @@
 """What the benchmarks share: where they ran, how they are timed, and how they write what they found.
 
 Timing: every case of a comparison lives in one process and takes its turn in each round (A B C A B C ...), so that a
-drift of the clocks hits all alike; a ratio is the median of the ratios within a round. On CUDA a time is that between
-two events around a whole step which follows another of its own case, as in training: launching runs ahead of the device
-where it can, and a path which launches more slowly than the device works shows it.
+drift of the clocks hits all alike; a ratio is the median of the ratios within a round. On CUDA a sample is the time
+between two events around several steps, after others of the same case that are not timed, as in training: launching
+runs ahead of the device where it can, a path which launches more slowly than the device works shows it, and the clocks
+are those that the case itself leads to (after a case that leaves the device half idle they are higher for a while).
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Case:
-    """One row that is measured: `step` is timed, `before` runs ahead of it outside the timed region.
+    """One row that is measured: `step` is timed; `before` runs ahead of each, and keeps the device no longer busy.
 
     `row` starts as what identifies the case and is filled by `interleave`; `seconds` has a sample for each round.
     """
@@ -142,8 +143,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleave(cases: Sequence[Case], device: torch.device, rounds: int, warmup: int = 2) -> None:
-    """Time all cases in turn. A case that raises ends there, and its row carries the error's first line."""
+def interleave(cases: Sequence[Case], device: torch.device, rounds: int, warmup: int = 2, settle: float = 0.1) -> None:
+    """Time all cases in turn. A case that raises ends there, and its row carries the error's first line.
+
+    On CUDA each sample comes after about `settle` seconds of the case's own steps, and takes half as long.
+    """
     gc.collect()
     gc.freeze()  # so that the collections between rounds look at little
     gc.disable()
@@ -153,7 +157,7 @@ def interleave(cases: Sequence[Case], device: torch.device, rounds: int, warmup:
             torch._dynamo.config.error_on_recompile = count >= warmup
             for case in cases:
                 if not case.failed:
-                    _turn(case, device, keep=count >= warmup)
+                    _turn(case, device, settle if count >= warmup else 0.0, keep=count >= warmup)
             gc.collect()
     finally:
         torch._dynamo.config.error_on_recompile = False
@@ -164,31 +168,36 @@ def interleave(cases: Sequence[Case], device: torch.device, rounds: int, warmup:
             case.row |= {"status": "ok", **spread(case.seconds)}
 
 
-def _turn(case: Case, device: torch.device, keep: bool) -> None:
+def _turn(case: Case, device: torch.device, settle: float, keep: bool) -> None:
     try:
         if device.type == "cuda":
-            case.before()
-            case.step()
-        case.before()
-        seconds = _seconds(case.step, device) / case.repeats
+            once = _seconds(case, device, 1)
+            _seconds(case, device, int(settle / once))
+            seconds = _seconds(case, device, max(1, int(settle / 2 / once)))
+        else:
+            seconds = _seconds(case, device, 1)
     except Exception as error:  # whatever a peer raises: the other rows are still wanted
         case.fail(error)
         return
     if keep:
-        case.seconds.append(seconds)
+        case.seconds.append(seconds / case.repeats)
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def _seconds(case: Case, device: torch.device, steps: int) -> float:
+    """Seconds of a step of the case, over some of them. On a CPU what runs `before` is not counted."""
     if device.type != "cuda":
+        case.before()
         started = time.perf_counter()
-        step()
+        case.step()
         return time.perf_counter() - started
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    step()
+    for _ in range(steps):
+        case.before()
+        case.step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / max(1, steps)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

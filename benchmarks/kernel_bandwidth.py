@@ -234,7 +234,7 @@ def _equal(mine: Any, theirs: Any) -> bool:
 def measure(weights: Weights, operations: Iterable[Operation], rounds: int) -> list[dict[str, Any]]:
     """A row for the copy and one for each operation, with its bandwidth and that against the copy's."""
     cases = [weights.case(operation) for operation in (COPY, *operations)]
-    interleave([case for case in cases if "status" not in case.row], weights.device, rounds)
+    interleave([case for case in cases if "status" not in case.row], weights.device, rounds, settle=0.0)
     copy, rows = cases[0].row, [case.row for case in cases]
     for row in rows:
         if row["status"] == "ok":

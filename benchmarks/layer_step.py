@@ -190,7 +190,7 @@ def measure(work: Work, paths: list[Path], modes: list[str], rounds: int) -> lis
 
 def main() -> None:
     """Measure every path at every size."""
-    parser = arguments(__doc__, rounds=30)
+    parser = arguments(__doc__, rounds=12)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--intermediate", type=int)
     parser.add_argument("--tokens", type=int, nargs="+")

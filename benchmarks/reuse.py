@@ -65,7 +65,7 @@ class MicroBatches(Work):
 
 def main() -> None:
     """Measure each path with each number of micro-batches."""
-    parser = arguments(__doc__, rounds=30)
+    parser = arguments(__doc__, rounds=12)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--intermediate", type=int)
     parser.add_argument("--tokens", type=int, nargs="+", help="of a micro-batch")
