@@ -68,8 +68,8 @@ def version(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether the code differs from it. Without .git, what ``LOCKSTEP_COMMIT`` says, or "unknown"."""
-    if not (ROOT / ".git").exists():
+    """The commit, and whether the code differs from it. ``LOCKSTEP_COMMIT`` says it for a copy of the files alone."""
+    if "LOCKSTEP_COMMIT" in os.environ or not (ROOT / ".git").exists():
         return {"commit": os.environ.get("LOCKSTEP_COMMIT", "unknown"), "dirty": "unknown"}
     code = ("lockstep", ":(glob)benchmarks/*.py")  # not the results, which a run of all scripts writes as it goes
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *code)
@@ -385,13 +385,16 @@ class Benchmark:
 
 
 def bars(axes: Any, rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str], key: str, what: str) -> None:
-    """Horizontal bars in the rows' order, ours in a colour of their own."""
+    """Horizontal bars in the rows' order, ours in a colour of their own; ratios on a logarithmic axis."""
     values = [row[key] for row in rows]
     colours = ["#d9480f" if "lockstep" in row["path"] else "#868e96" for row in rows]
     axes.barh(range(len(rows)), values, color=colours)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(what)
+    if key == "ratio":
+        axes.set_xscale("log")
+        axes.axvline(1, color="black", linewidth=0.8)
     for place, value in enumerate(values):
         axes.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
 

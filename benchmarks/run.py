@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ("layer_step", "reuse", "kernel_bandwidth", "growth", "whole_model")
+SCRIPTS = ("layer_step", "reuse", "kernel_bandwidth", "growth", "kernel_agreement", "whole_model")
 
 
 def main() -> None:

@@ -78,12 +78,15 @@ def align(
     if not Path(model).is_dir():
         raise ValueError(f"{model} is not a folder: MODEL is the transformers folder with the trained masters.")
     trained_with = Scheme.of(scheme) if scheme else Checkpoint(checkpoint).scheme
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this machine has no CUDA device.")
     try:
         trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load a model and its tokenizer from {model}: {error}") from error
-    trained.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trained.to(where)
     lockstep.prepare(trained, trained_with, targets, ignore)
     ids = tokenizer(_text(text), return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
     block = min(ids.shape[1], getattr(trained.config, "max_position_embeddings", max_tokens))

@@ -20,6 +20,7 @@ RUNS = {
     "reuse": (["--micro-batches", "2", *LAYER], ["ratio", "median_ms", "micro_batches"]),
     "kernel_bandwidth": (BANDWIDTH, ["terabytes_per_second", "of_copy"]),
     "growth": (["--sizes", "128", "256", "--fixed", "128", "--rounds", "2"], ["microseconds"]),
+    "kernel_agreement": (["--size", "128"], ["equal", "read_back"]),
     "whole_model": (["--modes", "eager", "--rounds", "2", *MODEL], ["tokens_per_second", "ratio"]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,13 @@ def test_a_scheme_other_than_the_checkpoints_is_a_gap(run, capsys):
     assert ("NOT ALIGNED" in capsys.readouterr().out) is bool(code)
 
 
+def test_align_runs_on_the_device_that_it_is_told(run, tmp_path):
+    """A CI machine with a busy GPU, or a report for the CPU's kernel."""
+    report = tmp_path / "report.json"
+    assert main(["align", *run.folders, "--device", "cpu", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["environment"]["device"].startswith("cpu")
+
+
 # What cannot be used -----------------------------------------------------------------------------------------------
 
 
@@ -262,6 +270,7 @@ BAD = {
     "targets": (lambda run, tmp: [*run.folders, "--targets", "[Linera]"], "'Linera' matches no module: near ones"),
     "text-missing": (lambda run, tmp: [*run.folders, "--text", "nowhere.txt"], "nowhere.txt"),
     "text-short": (lambda run, tmp: [*run.folders, "--text", short(tmp)], "too few"),
+    "device": (lambda run, tmp: [*run.folders, "--device", "toaster"], "toaster"),
     "report": (lambda run, tmp: [*run.folders, "--html", str(tmp / "report.pdf")], "a report is saved as"),
 }
 
@@ -275,6 +284,14 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_2(run, tmp_path, mo
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
     assert message in lines[-1]
     assert len(lines) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_align_on_a_gpu_that_is_not_there_is_one_line_and_exit_code_2(run, capsys):
+    assert main(["align", *run.folders, "--device", "cuda"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert len(lines) == 1
+    assert "CUDA" in lines[0]
 
 
 @pytest.mark.parametrize("arguments", [["align"], ["align", "model"], ["align", "a", "b", "--kernels", "x"]])
@@ -291,10 +308,13 @@ def test_words_that_do_not_parse_are_a_usage_error(capsys, arguments):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_kernels_shows_every_kernel_and_why_it_cannot_run(monkeypatch, capsys, device):
     """Also for a device that this machine does not have."""
-    monkeypatch.setenv("COLUMNS", "200")  # no cell of the table is folded
+    monkeypatch.setenv("COLUMNS", "400")  # no cell of the table is folded
     assert main(["kernels", "--device", device]) == 0
     output = capsys.readouterr().out
     spec = lockstep.Scheme().weights
+    header = next(line for line in output.splitlines() if "operator" in line)
+    cells = [cell.strip() for cell in re.split("[┃│]", header) if cell.strip()]
+    assert cells == ["operator", "kernel", "serves", f"{spec} on {device}", "comes from"]
     for kernel in KERNELS:
         (line,) = [
             line for line in output.splitlines() if f" {kernel.operator} " in line and f" {kernel.name} " in line
@@ -302,6 +322,7 @@ def test_kernels_shows_every_kernel_and_why_it_cannot_run(monkeypatch, capsys, d
         reason = kernel.unavailable(spec, torch.device(device))
         assert (f"no: {reason}" if reason else "yes") in line
         assert kernel.serves in line
+        assert line.rstrip(" │┃").endswith(kernel.origin() or "not installed")
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import astuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from strategies import bits
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+import lockstep
 from lockstep import TensorSpec, grid, kernels
-from lockstep.kernels import reference, torch_int4
+from lockstep.kernels import operators, reference, torch_int4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HERE = CUDA if torch.cuda.is_available() else CPU
 CHANNEL = TensorSpec(strategy="channel")
 
 
@@ -25,14 +32,25 @@ def randn(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+# The registry --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("operator", "name", "spec", "device", "message"),
     [
-        ("linear", "marlin2", TensorSpec(), "cpu", "no linear kernel 'marlin2': there are reference, torch-int4"),
-        ("fake_quantize", "torch-int4", TensorSpec(), "cpu", "no fake_quantize kernel .* there are reference"),
+        (
+            "linear",
+            "marlin2",
+            TensorSpec(),
+            "cpu",
+            "no linear kernel 'marlin2': there are reference, triton, torch-int4",
+        ),
+        ("quantize", "torch-int4", TensorSpec(), "cpu", "no quantize kernel 'torch-int4': there are reference, triton"),
+        ("fake_quantize", "reference", TensorSpec(), "cpu", "no fake_quantize kernel 'reference'"),
         ("linear", "torch-int4", served_in(BF16), "cpu", "does not round code .* to torch.bfloat16"),
         ("linear", "torch-int4", CHANNEL, "cpu", "int4 channel.*scales before the GEMM"),
         ("linear", "torch-int4", served_in(FP32), "cuda", "runs on the CPU, the model is on cuda"),
+        ("quantize", "triton", TensorSpec(), "meta", "they run on CUDA, the weight is on meta"),
     ],
 )
 def test_kernel_that_cannot_run_is_an_error_with_its_reason(operator, name, spec, device, message):
@@ -41,25 +59,189 @@ def test_kernel_that_cannot_run_is_an_error_with_its_reason(operator, name, spec
         kernels.find(operator, name, spec, torch.device(device))
 
 
-@pytest.mark.parametrize("operator", ["fake_quantize", "linear"])
+@pytest.mark.parametrize("operator", ["quantize", "linear"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_reference_is_always_there(operator, device):
     kernel = kernels.find(operator, "reference", TensorSpec(), torch.device(device))
     assert (kernel.name, kernel.operator) == ("reference", operator)
 
 
+def test_names_are_unique_within_an_operator():
+    """``--kernel NAME`` means one kernel."""
+    names = [(kernel.operator, kernel.name) for kernel in kernels.KERNELS]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_no_kernel_claims_to_run_on_a_device_that_is_not_there():
     """``lockstep kernels --device cuda`` says what can run here."""
-    assert all(kernel.unavailable(TensorSpec(), torch.device("cuda")) for kernel in kernels.KERNELS)
+    assert all(kernel.unavailable(TensorSpec(), CUDA) for kernel in kernels.KERNELS)
+    with pytest.raises(kernels.KernelUnavailable, match="this machine has no CUDA device"):
+        kernels.training(TensorSpec(), CUDA)
 
 
-@pytest.mark.parametrize("spec", [TensorSpec(), CHANNEL, served_in(FP16)], ids=str)
-def test_fake_quantize_kernels_equal_the_grid(spec):
-    weight = randn(16, 256)
-    for kernel in kernels.KERNELS:
-        if kernel.operator == "fake_quantize" and not kernel.unavailable(spec, CPU):
-            assert torch.equal(kernel.run(weight, spec), grid.fake_quantize(weight, spec))
+# Which kernel trains -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_without_triton(monkeypatch) -> None:
+    """As far as the registry can see."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch) -> None:
+    monkeypatch.delenv("LOCKSTEP_KERNEL", raising=False)
+
+
+def test_the_cpu_trains_on_the_reference():
+    """Also where Triton's interpreter could: it takes a thousand times as long."""
+    assert kernels.training(TensorSpec(), CPU) is reference
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
+def test_a_gpu_trains_on_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kernels.training(TensorSpec(), CUDA) is kernels.triton_grid
+
+
+def test_a_gpu_without_triton_is_an_error_that_says_what_to_install(gpu_without_triton):
+    """Training in silence at a tenth of the speed would be found out by the bill."""
+    with pytest.raises(kernels.KernelUnavailable, match="Triton is not installed: pip install triton, or set LOCKSTEP"):
+        kernels.training(TensorSpec(), CUDA)
+
+
+def test_the_environment_overrides_the_kernel(gpu_without_triton, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_KERNEL", "reference")
+    assert kernels.training(TensorSpec(), CUDA) is reference
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
+def test_layers_train_on_the_kernel_that_the_environment_names(monkeypatch):
+    """Also in the backward, and with the same bits."""
+    model = nn.ModuleDict({"proj": nn.Linear(64, 8)})
+    lockstep.prepare(model, lockstep.Scheme(served_in(BF16)))
+    model.to(HERE)
+    called = []
+    monkeypatch.setattr(
+        kernels.triton_grid,
+        "fake_quantize",
+        lambda weight, spec, again=False: called.append(again) or grid.fake_quantize(weight, spec),
+    )
+    monkeypatch.setenv("LOCKSTEP_KERNEL", "triton")
+    model["proj"](torch.ones(2, 64, device=HERE, requires_grad=True)).sum().backward()
+    assert called == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fast", "no quantize kernel 'fast': there are reference, triton"),
+        ("", "no quantize kernel ''"),
+        ("torch-int4", "no quantize kernel 'torch-int4'"),
+    ],
+)
+def test_an_unknown_override_is_an_error_and_not_the_default(monkeypatch, name, message):
+    monkeypatch.setenv("LOCKSTEP_KERNEL", name)
+    with pytest.raises(kernels.KernelUnavailable, match=message):
+        kernels.training(TensorSpec(), CPU)
+
+
+def test_an_override_that_cannot_run_is_an_error_and_not_the_default(monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_KERNEL", "triton")
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    with pytest.raises(kernels.KernelUnavailable, match="Triton is not installed"):
+        kernels.training(TensorSpec(), CPU)
+    layer = nn.ModuleDict({"proj": nn.Linear(64, 8)})
+    lockstep.prepare(layer, lockstep.Scheme(served_in(BF16)))
+    with pytest.raises(kernels.KernelUnavailable, match="Triton is not installed"):
+        layer["proj"](torch.zeros(1, 64))
+
+
+def in_a_new_process(script: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, env=inherited | environment, check=False)
+
+
+ASK = """
+import torch
+from lockstep import TensorSpec, kernels
+print(kernels.training(TensorSpec(), torch.device("cpu")).__name__)
+"""
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs Triton")
+def test_triton_on_a_cpu_outside_its_interpreter_is_an_error():
+    result = in_a_new_process(ASK, LOCKSTEP_KERNEL="triton")
+    message = "Triton runs on the CPU only in its interpreter: set TRITON_INTERPRET=1 before Lockstep is imported"
+    assert result.returncode == 1
+    assert f"KernelUnavailable: quantize kernel 'triton' cannot compute {TensorSpec()} here: {message}" in result.stderr
+    result = in_a_new_process(ASK, LOCKSTEP_KERNEL="triton", TRITON_INTERPRET="1")
+    assert result.stdout.split() == ["lockstep.kernels.triton_grid"], result.stderr
+
+
+def test_without_triton_a_cpu_trains_and_every_command_works():
+    """It is an extra, and has no wheels for Macs and Windows."""
+    blocked = "import sys; sys.modules['triton'] = None\n"
+    result = in_a_new_process(blocked + ASK)
+    assert result.stdout.split() == ["lockstep.kernels.reference"], result.stderr
+    result = in_a_new_process(blocked + ASK, LOCKSTEP_KERNEL="triton")
+    assert "Triton is not installed: pip install triton" in result.stderr
+    command = "from lockstep.cli import main; sys.exit(main(['kernels']))"
+    result = in_a_new_process(blocked + command, COLUMNS="300")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("no: Triton is not installed") == 2
+
+
+# Every quantizer is the reference -------------------------------------------------------------------------------------
+
+QUANTIZERS = [kernel for kernel in kernels.KERNELS if kernel.operator == "quantize" and kernel.run is not None]
+every_quantizer = pytest.mark.parametrize("kernel", QUANTIZERS, ids=lambda kernel: kernel.name)
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(bits(found.cpu()), bits(expected))
+
+
+@every_quantizer
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (TensorSpec(), (64, 256)),
+        (TensorSpec(), (2, 64, 128)),
+        (served_in(FP16), (64, 96)),
+        (served_in(FP32, 64), (64, 128)),
+        (TensorSpec(group_size=32, scale_rule="max/-8", scale_dtype=FP16), (2, 64, 64)),
+        (CHANNEL, (64, 96)),
+        (TensorSpec(strategy="channel", scale_rule="amax/7.5"), (64, 144)),
+    ],
+    ids=str,
+)
+def test_every_function_of_every_quantizer_equals_the_grid(kernel, spec, shape):
+    """Training takes one, the exporter another: the bits that train are the bits that ship."""
+    if reason := kernel.unavailable(spec, HERE):
+        pytest.skip(reason)
+    weight = randn(*shape, dtype=BF16)
+    here, run = weight.to(HERE), kernel.run
+    codes, scale = grid.quantize(weight, spec)
+    served = grid.fake_quantize(weight, spec)
+    assert same_bits(run.fake_quantize(here, spec), served)
+    assert same_bits(run.fake_quantize(here, spec, again=True), served)
+    for dtype in (torch.int8, BF16):
+        found = run.quantize(here, spec, dtype)
+        assert same_bits(found.codes + 0, codes.to(dtype))
+        assert same_bits(found.scale, scale)
+    assert same_bits(run.quantize(here, spec).codes, codes)
+    packed, packed_scale = run.pack_quantized(here, spec)
+    assert same_bits(packed, reference.words.pack(codes, 4))
+    assert same_bits(packed_scale, scale)
+    assert same_bits(run.dequantize_packed(packed, packed_scale, spec), served)
+    assert same_bits(run.dequantize_packed(packed, None, spec), codes.to(spec.served_dtype))
+    packed, packed_scale = run.pack_marlin(here, spec)
+    assert same_bits(packed, reference.marlin.pack_weight(codes))
+    assert same_bits(packed_scale, reference.marlin.pack_scales(scale))
 
 
 # The reference order -----------------------------------------------------------------------------------------------
@@ -87,12 +269,25 @@ def test_single_scale_is_multiplied_after_the_gemm(grouping, dtype):
     torch.testing.assert_close(y, dequantized, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("spec", [served_in(BF16), CHANNEL], ids=str)
-def test_bias_is_added_after_the_rounding(spec):
+def test_bias_is_added_after_the_rounding():
     """A GEMM that adds the bias to its accumulator, as ``F.linear`` may, rounds once less than the kernel."""
+    spec = served_in(BF16)
     quantized = grid.quantize(randn(64, 128), spec)
     x, bias = randn(32, 128, dtype=BF16), randn(64, dtype=BF16)
     assert torch.equal(reference.linear(x, quantized, spec, bias), reference.linear(x, quantized, spec) + bias)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_bias_after_a_single_scale_is_added_before_the_rounding(dtype):
+    """Marlin multiplies by the scale and adds the bias in one instruction; float64 holds both exactly."""
+    spec = TensorSpec(strategy="channel", scale_dtype=dtype, served_dtype=dtype)
+    codes, scale = quantized = grid.quantize(randn(64, 128), spec)
+    x, bias = randn(32, 128, dtype=dtype), randn(64, dtype=dtype)
+    product = F.linear(x, codes.to(dtype))
+    exact = product.double() * scale.T.double() + bias.double()
+    y = reference.linear(x, quantized, spec, bias)
+    assert torch.equal(y, exact.to(dtype))
+    assert not torch.equal(y, product * scale.T + bias)
 
 
 # torch's INT4 operator ---------------------------------------------------------------------------------------------
@@ -140,18 +335,58 @@ def test_torch_int4_is_refused_in_bf16_because_it_does_not_round_the_weight():
 # The operators for the compiler ------------------------------------------------------------------------------------
 
 
+WEIGHT_OPERATORS = ["fake_quantize", "fake_quantize_again", "quantize"]
+WEIGHT_OPERATORS += [f"triton_{name}" for name in WEIGHT_OPERATORS if kernels.HAS_TRITON]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "experts", "strided", "transposed"])
 @pytest.mark.parametrize("spec", [TensorSpec(), CHANNEL, TensorSpec(scale_rule="amax/7.5", group_size=64)], ids=str)
-@pytest.mark.parametrize("operator", ["fake_quantize", "quantize"])
+@pytest.mark.parametrize("operator", WEIGHT_OPERATORS)
 def test_weight_operators_tell_the_compiler_the_truth(operator, spec, layout):
     """A wrong shape, dtype or stride of the fake kernel fails only in a compiled model, in code that nobody wrote."""
     weight = {
-        "contiguous": randn(16, 256),
-        "experts": randn(2, 16, 256),
-        "strided": randn(16, 512)[:, ::2],
-        "transposed": randn(256, 16).T,
-    }[layout]
-    torch.library.opcheck(getattr(torch.ops.lockstep, operator), (weight, *astuple(spec)))
+        "contiguous": randn(4, 256),
+        "experts": randn(2, 3, 256),
+        "strided": randn(4, 512)[:, ::2],
+        "transposed": randn(256, 4).T,
+    }[layout].to(HERE)
+    dtypes = [()] if "fake" in operator else [(torch.int8,), (BF16,)]
+    for dtype in dtypes:
+        torch.library.opcheck(getattr(torch.ops.lockstep, operator), (weight, *dtype, *astuple(spec)))
+
+
+@pytest.mark.parametrize(
+    "spec", [TensorSpec(), CHANNEL, TensorSpec(group_size=32, scale_rule="max/-8", scale_dtype=FP16)], ids=str
+)
+def test_every_field_of_a_spec_crosses_into_the_operators(spec):
+    """A field that is left out would be the default's in compiled models alone."""
+    assert operators.fields(spec) == astuple(spec)
+
+
+@every_quantizer
+@pytest.mark.parametrize("spec", [TensorSpec(), CHANNEL], ids=str)
+def test_fake_weights_get_shapes_and_no_kernel(kernel, spec, monkeypatch):
+    """FSDP and export trace with tensors that have no memory to read."""
+    for name in ("_fake_quantize", "_quantize"):
+        monkeypatch.setattr(kernel.run, name, lambda *_: pytest.fail("a kernel was launched"))
+    groups = spec.num_groups(256)
+    with FakeTensorMode():
+        weight = torch.empty(2, 16, 256, dtype=BF16, device=HERE)
+        assert operators.traced(weight)
+        assert operators.traced(nn.Parameter(weight))
+        served = kernel.run.fake_quantize(weight, spec)
+        again = kernel.run.fake_quantize(weight, spec, again=True)
+        codes, scale = kernel.run.quantize(weight, spec, FP16)
+    assert (served.shape, served.dtype, served.device.type) == (weight.shape, spec.served_dtype, HERE.type)
+    assert (again.shape, again.dtype) == (weight.shape, spec.served_dtype)
+    assert (codes.shape, codes.dtype) == (weight.shape, FP16)
+    assert (scale.shape, scale.dtype) == ((2, 16, groups), spec.scale_dtype)
+
+
+def test_plain_weights_skip_the_dispatcher():
+    """It takes as long as a small layer's kernel."""
+    assert not operators.traced(torch.zeros(2))
+    assert not operators.traced(nn.Parameter(torch.zeros(2)))
 
 
 @pytest.mark.parametrize(("has_scale", "has_bias"), [(True, False), (False, True), (True, True)])

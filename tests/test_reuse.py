@@ -64,7 +64,7 @@ def batch(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def passed(model: nn.Module, x: Tensor, call: Callable | None = None) -> dict[str, Tensor]:
     """The output of `model` and all gradients so far, by name."""
     x = x.clone().requires_grad_()
-    y = (call or model)(x)
+    y = model(x) if call is None else call(x)
     y.float().square().sum().backward()
     found = {"output": y.detach(), "input": x.grad}
     return found | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -202,8 +202,7 @@ def test_a_planted_stale_value_is_seen(reuse):
         other.first.weight.mul_(-1)
     passed(model, batch())
     passed(other, batch())
-    (now, _), (_, stale) = model.first.kept._entry, other.first.kept._entry
-    model.first.kept._entry = (now, stale)
+    model.first.kept._entry = (*model.first.kept._entry[:-1], other.first.kept._entry[-1])
     with pytest.raises(AssertionError, match="output"):
         assert_follows(model)
 
@@ -375,6 +374,22 @@ def test_a_changed_master_is_quantized_anew(spec, reuse, change):
     assert_follows(model)
 
 
+@every_spec
+@every_reuse
+def test_weights_handed_in_for_one_call_are_quantized_anew(spec, reuse):
+    """``functional_call`` with weights of the moment: the next ones may lie where the last ones did."""
+    model, plain = model_of(spec, reuse), model_of(spec)
+
+    def output(model: nn.Module, seed: int) -> Tensor:
+        noise = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        return torch.func.functional_call(model, {"first.weight": model.first.weight + noise}, batch())
+
+    with torch.no_grad():
+        found, expected = ([output(each, seed) for seed in range(8)] for each in (model, plain))
+    assert all(map(torch.equal, found, expected))
+    assert_follows(model)
+
+
 @every_reuse
 def test_a_change_between_forward_and_backward_is_an_error_as_without_reuse(reuse):
     """Autograd guards the master that the backward reads again."""
@@ -427,7 +442,8 @@ def sharded(reuse, spec, reshard):
 def passed(model, seed):
     y = model(tests.batch(seed))
     y.float().square().sum().backward()
-    return [y.detach(), *(parameter.grad.to_local().clone() for parameter in model.parameters())]
+    grads = (parameter.grad for parameter in model.parameters())
+    return [y.detach(), *(grad.to_local().clone() for grad in grads if grad is not None)]
 
 
 def compare(models, seed, what):
@@ -489,7 +505,9 @@ def test_fsdp_weights_that_are_gathered_anew_are_quantized_anew(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
     }
     command = [sys.executable, str(tmp_path / "rank.py")]
     ranks = [
@@ -549,7 +567,7 @@ def test_memory_kept_is_what_the_documentation_says_and_freed_at_the_step(reuse,
     model = model_of(reuse=reuse)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     passed(model, batch())
-    tensors = [tensor for tensor in model.first.kept._entry[1] if tensor is not None]
+    tensors = [tensor for tensor in model.first.kept._entry[-1] if tensor is not None]
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == share * model.first.weight.numel()
     assert not any(tensor.requires_grad for tensor in tensors)
     alive = [weakref.ref(tensor) for tensor in tensors]
@@ -564,7 +582,7 @@ def test_the_old_value_is_freed_before_the_new_one_is_made(reuse, monkeypatch):
     """Else the peak holds two of them."""
     model = model_of(reuse=reuse)
     passed(model, batch())
-    alive = weakref.ref(model.first.kept._entry[1][0])
+    alive = weakref.ref(model.first.kept._entry[-1][0])
     seen = []
     with torch.no_grad():
         model.first.weight.neg_()

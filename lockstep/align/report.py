@@ -17,7 +17,7 @@ from lockstep.scheme import Scheme, dtype_name
 # a little under what vLLM's Marlin kernel was measured to give on an H200 (docs/alignment.md).
 REACHABLE_EQUAL = {
     (False, torch.bfloat16): 0.998,
-    (False, torch.float16): 0.99,
+    (False, torch.float16): 0.985,
     (True, torch.bfloat16): 0.999,
     (True, torch.float16): 0.998,
 }

@@ -1,25 +1,28 @@
 """A W4A16 GEMM over packed words, in the serving kernel's order, for GPUs on which no engine is installed (Triton).
 
-The order is `reference.linear`'s, with fp32 accumulation. The order of the additions is this
-kernel's own, so outputs differ from another kernel's in the last bit now and then; the operands never do.
+The operands and the roundings are `reference.linear`'s, accumulation is in fp32. The order of the additions is this
+kernel's own, so outputs differ from another kernel's in the last bit now and then.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lockstep.grid import Quantized
-from lockstep.kernels.triton_grid import INTERPRETED, _round, _unpacked, _widen
+from lockstep.kernels.triton_grid import INTERPRETED, TL_DTYPES, _round, _unpacked, _widen
 from lockstep.layouts import words
-from lockstep.scheme import TensorSpec
+from lockstep.scheme import GROUP_SIZES, TensorSpec
+
+BLOCK_M = BLOCK_N = BLOCK_K = 64
 
 
 @triton.jit
 def _gemm_kernel(
-    x, packed, scales, bias, out, m, n, k,
-    size: tl.constexpr, after: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    x, packed, scales, bias, out, m, n, k: tl.constexpr, size: tl.constexpr, after: tl.constexpr, served: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * block_m + tl.arange(0, block_m)[:, None]
     column = tl.program_id(1).to(tl.int64) * block_n + tl.arange(0, block_n)
@@ -33,7 +36,8 @@ def _gemm_kernel(
         b = tl.reshape(_unpacked(tl.reshape(packs, [block_n * block_k // 8])), [block_n, block_k])
         if not after:
             group = column[:, None] * (k // size) + start // size
-            b *= _widen(tl.load(scales + group, mask=column[:, None] < n, other=0.0))
+            scale = _widen(tl.load(scales + group, mask=column[:, None] < n, other=0.0))
+            b = _widen(_round(b * scale, served))
         b = _round(b, x.dtype.element_ty)
         if INTERPRETED:  # its dot reads bf16 as integers
             a, b = _widen(a), _widen(b)
@@ -54,20 +58,24 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
     """``x @ W.T + bias`` for `x` ``[..., K]`` in the served dtype or fp32; the codes are packed at each call.
 
     Raises:
-        ValueError: K is not a multiple of 8, or several groups do not divide it into blocks.
+        ValueError: K is not a multiple of 8, or `x` has another dtype.
     """
     n, k = quantized.codes.shape
-    if k % 8:
-        raise ValueError(f"triton cannot run a weight of {[n, k]}: words hold 8 codes, {k} inputs do not fill them.")
-    rows = x.reshape(-1, k).contiguous()
+    if k % 8 or x.dtype not in (spec.served_dtype, torch.float32):
+        raise ValueError(
+            f"triton cannot run a weight of {[n, k]} served in {spec.served_dtype} on an input of {list(x.shape)} in "
+            f"{x.dtype}: it needs a multiple of 8 inputs, and the served dtype or float32."
+        )
+    rows, after = x.reshape(-1, k).contiguous(), spec.scale_follows_gemm(k)
+    scale = quantized.scale.to(x.dtype) if after else quantized.scale
     out = x.new_empty(*x.shape[:-1], n)
-    after = spec.scale_follows_gemm(k)
-    size = k if after else k // quantized.scale.shape[-1]
-    block_m, block_n, block_k = 64, 64, 64 if after else min(size, 64)
+    size = k // scale.shape[-1]
+    block_k = min(size, BLOCK_K) if size in GROUP_SIZES else BLOCK_K
     if out.numel():
-        _gemm_kernel[triton.cdiv(len(rows), block_m), triton.cdiv(n, block_n)](
-            *(rows, words.pack(quantized.codes, spec.bits), quantized.scale.contiguous(), bias, out, len(rows), n, k),
-            *(size, after, block_m, block_n, block_k),
+        _gemm_kernel[triton.cdiv(len(rows), BLOCK_M), triton.cdiv(n, BLOCK_N)](
+            *(rows, words.pack(quantized.codes, spec.bits), scale.contiguous()),
+            *(None if bias is None else bias.contiguous(), out, len(rows), n, k),
+            *(size, after, TL_DTYPES[spec.served_dtype], BLOCK_M, BLOCK_N, block_k),
             enable_fp_fusion=False,
         )
     return out

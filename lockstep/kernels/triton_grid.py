@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ class Arithmetic:
     short: bool  # no need to divide: see `_quotient`
     scale: tl.dtype
     limit: float  # the largest scale
-    served: tl.dtype
 
 
 # The arithmetic of grid.py -------------------------------------------------------------------------------------------
@@ -312,7 +311,8 @@ def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) ->
     """
     *rows, columns = packed.shape
     out = packed.new_empty(*rows, columns * 8, dtype=spec.served_dtype)
-    _dequantize_launch(spec, packed.shape, scale is None)(packed, scale, out)
+    scale = None if scale is None else scale.contiguous()
+    _dequantize_launch(spec, packed.shape)(packed.contiguous(), scale, out)
     return out
 
 
@@ -408,12 +408,12 @@ def _marlin_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size) -> 
 
 
 @lru_cache
-def _dequantize_launch(spec: TensorSpec, shape: torch.Size, codes: bool) -> _Launch:
+def _dequantize_launch(spec: TensorSpec, shape: torch.Size) -> _Launch:
     size, words = spec.group_size or shape[-1] * 8, shape.numel()
     return _Launch(_dequantize_kernel, (triton.cdiv(words, UNPACK_BLOCK), 1, 1), (words, size, UNPACK_BLOCK))
 
 
-@lru_cache
+@cache
 def _rule(spec: TensorSpec, master: torch.dtype) -> Arithmetic:
     """The rule of `spec` for a master of dtype `master`, with the dtypes of `grid`'s table."""
     in_own_dtype = spec.scale_rule == "amax/7.5"
@@ -425,5 +425,4 @@ def _rule(spec: TensorSpec, master: torch.dtype) -> Arithmetic:
         short=spec.scale_rule == "amax/7" and torch.float32 not in (master, spec.scale_dtype),
         scale=TL_DTYPES[spec.scale_dtype],
         limit=torch.finfo(spec.scale_dtype).max,
-        served=TL_DTYPES[spec.served_dtype],
     )

@@ -33,7 +33,8 @@ class Kept:
 
     def __init__(self, what: Reuse) -> None:
         self.what = what
-        self._entry: tuple[tuple[int, int], Any] | None = None
+        # The master as it was: an alias, so that its memory cannot become another tensor's; its version; the value.
+        self._entry: tuple[Tensor, int, Any] | None = None
         _drop_at_every_optimizer_step()
         _ALL.add(self)
 
@@ -44,11 +45,14 @@ class Kept:
             ValueError: the weight's owner changes it where this cannot be seen.
         """
         _check(weight)
-        now = (weight.data_ptr(), weight._version)
-        if self._entry is None or self._entry[0] != now:
-            self._entry = None  # before the new value takes memory
-            self._entry = (now, compute())
-        return self._entry[1]
+        if (entry := self._entry) is not None:
+            master, version, value = entry
+            if master.data_ptr() == weight.data_ptr() and version == weight._version:
+                return value
+        self._entry = None  # before the new value takes memory
+        value = compute()
+        self._entry = (weight.detach(), weight._version, value)
+        return value
 
     def drop(self) -> None:
         """Keep nothing, and free its memory."""
