@@ -45,14 +45,11 @@ class Kept:
             ValueError: the weight's owner changes it where this cannot be seen.
         """
         _check(weight)
-        if (entry := self._entry) is not None:
-            master, version, value = entry
-            if master.data_ptr() == weight.data_ptr() and version == weight._version:
-                return value
-        self._entry = None  # before the new value takes memory
-        value = compute()
-        self._entry = (weight.detach(), weight._version, value)
-        return value
+        entry = self._entry
+        if entry is None or (entry[0].data_ptr(), entry[1]) != (weight.data_ptr(), weight._version):
+            entry = self._entry = None  # before the new value takes memory
+            entry = self._entry = (weight.detach(), weight._version, compute())
+        return entry[2]
 
     def drop(self) -> None:
         """Keep nothing, and free its memory."""
