@@ -357,14 +357,15 @@ operators.define_quantize("lockstep::triton_quantize", _quantize)
 class _Launch:
     """A kernel with all of its arguments but the tensors.
 
-    Triton looks up what it compiled at each launch, which takes longer than the kernel of a small layer runs. Here all
-    that this look-up depends on is fixed, but for the device and whether the tensors begin at multiples of 16 bytes.
+    Triton looks up what it compiled at each launch, which takes longer than the kernel of a small layer runs. Here that
+    look-up is left with what the tensors bring: which are there, their dtypes, and the device. Of tensors that do not
+    begin at a multiple of 16 bytes each may be another one the next time, so they take Triton's own way.
     """
 
     kernel: Any
     programs: tuple[int, ...]
     arguments: tuple[Any, ...]
-    compiled: dict[tuple[int | None, bool], Any] = field(default_factory=dict)
+    compiled: dict[tuple, Any] = field(default_factory=dict)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if 0 in self.programs:
@@ -374,13 +375,14 @@ class _Launch:
             with torch.cuda.device(device):
                 self(*tensors)
             return
-        key = (device.index, any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None))
-        if (compiled := self.compiled.get(key)) is not None:
+        key = (device, *(None if tensor is None else tensor.dtype for tensor in tensors))
+        aligned = not any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None)
+        if aligned and (compiled := self.compiled.get(key)) is not None:
             compiled[self.programs](*tensors, *self.arguments)
-        else:
-            launched = self.kernel[self.programs](*tensors, *self.arguments, enable_fp_fusion=False)
-            # Of unaligned tensors each may be another one the next time.
-            self.compiled[key] = None if key[1] else launched
+            return
+        launched = self.kernel[self.programs](*tensors, *self.arguments, enable_fp_fusion=False)
+        if aligned:
+            self.compiled[key] = launched
 
 
 @lru_cache
