@@ -79,8 +79,10 @@ def align(
         raise ValueError(f"{model} is not a folder: MODEL is the transformers folder with the trained masters.")
     trained_with = Scheme.of(scheme) if scheme else Checkpoint(checkpoint).scheme
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this machine has no CUDA device.")
+    try:
+        torch.empty(0, device=where)
+    except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises differs by device
+        raise ValueError(f"device={device!r} is not there: {error}") from error
     try:
         trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)

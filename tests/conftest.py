@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 from hypothesis import settings
@@ -45,7 +46,7 @@ class Specialized:
         return launch
 
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and find_spec("triton"):
     from lockstep.kernels import triton_grid
 
     for name in ("_groups_kernel", "_rows_kernel", "_marlin_kernel", "_dequantize_kernel"):

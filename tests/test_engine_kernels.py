@@ -221,7 +221,7 @@ def operators(register) -> None:
 
 def forget() -> None:
     """What a process remembers of the operators that it found."""
-    for cache in (engines.resolve, engines._library, engines._load):
+    for cache in (engines.resolve, engines._load):
         cache.cache_clear()
 
 
@@ -510,8 +510,6 @@ def test_operators_are_looked_for_until_they_are_there(planted, register, monkey
     assert loaded == ["_C.abi3.so"]
     assert engines.unresolved(first, second) is None
     assert loaded == ["_C.abi3.so", "_moe_C.abi3.so", "_C_stable.abi3.so"]
-    assert first.origin() == f"planted 9.8.7 at {folder / '_C.abi3.so'}"
-    assert second.origin() == f"planted 9.8.7 at {folder / '_C_stable.abi3.so'}"
 
 
 @pytest.mark.usefixtures("operators")
@@ -585,7 +583,7 @@ def test_gpu_installed_vllm_is_usable():
     """The other tests here skip with its reason where a kernel is refused; this one does not."""
     assert vllm.marlin_unavailable(GROUPED, CUDA) is None
     assert vllm.expert_linear_unavailable(GROUPED, CUDA) is None
-    assert ".so" in vllm.MARLIN_GEMM.origin()
+    assert vllm.MARLIN_GEMM.origin().startswith("vllm ")
 
 
 @GPU_KERNELS

@@ -28,6 +28,7 @@ from lockstep import Scheme, TensorSpec, kernels
 from lockstep.kernels import reference
 from lockstep.qat import QATLinear
 from lockstep.qat.prepare import quantized_modules
+from lockstep.qat.reuse import drop
 
 K, N = 64, 32
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,8 +230,68 @@ def test_a_layer_quantizes_once_for_all_micro_batches_of_a_step(spec, reuse, exp
 def test_activation_checkpointing_recomputes_from_the_kept_value(spec, reuse, use_reentrant, calls):
     model, plain = model_of(spec, reuse), model_of(spec)
     found = passed(model, batch(), lambda x: checkpoint(model, x, use_reentrant=use_reentrant))
-    assert quantizations(calls) == 2
+    # The first pass of the reentrant kind records no gradients, and such a pass keeps nothing.
+    assert quantizations(calls) == (4 if use_reentrant else 2)
     assert_same(found, passed(plain, batch()))
+
+
+@every_reuse
+def test_passes_without_gradients_neither_read_nor_keep(reuse, calls):
+    """Libraries swap averaged weights in through ``.data`` for a validation, some of them in train mode."""
+    model, plain = model_of(reuse=reuse), model_of()
+    model(batch()).sum().backward()
+    model.zero_grad()
+    averaged = {name: parameter * 0.5 for name, parameter in plain.state_dict().items()}
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(averaged[name])
+    plain.load_state_dict(averaged)
+    with torch.no_grad():
+        assert torch.equal(model(batch()), plain(batch()))
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(own[name])
+    plain.load_state_dict(own)
+    assert_same(passed(model, batch()), passed(plain, batch()))
+
+
+@every_reuse
+def test_second_forward_of_a_step_sees_what_its_closure_changed(reuse):
+    """Sharpness-aware optimizers move the weights, through ``.data``, between two passes of one step."""
+
+    class Moving(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.mul_(1.5)
+            return closure()
+
+    losses = []
+    for chosen in (reuse, None):
+        model = model_of(reuse=chosen)
+        model(batch()).sum().backward()
+        losses.append(Moving(model.parameters(), lr=0.1).step(lambda model=model: model(batch()).square().sum()).item())
+    assert losses[0] == losses[1]
+
+
+@every_reuse
+def test_drop_follows_a_write_that_pytorch_does_not_count(reuse):
+    model, plain = model_of(reuse=reuse), model_of()
+    model(batch()).sum().backward()
+    model.zero_grad()
+    for parameter in (*model.parameters(), *plain.parameters()):
+        parameter.data.mul_(2)
+    drop(model)
+    assert_same(passed(model, batch()), passed(plain, batch()))
+
+
+@every_reuse
+def test_moving_a_layer_or_evaluating_frees_what_it_kept(reuse):
+    for leave in (lambda model: model.to(torch.float32), lambda model: model.eval()):
+        model = model_of(reuse=reuse)
+        model(batch()).sum().backward()
+        leave(model)
+        assert model.first.kept._entry is None
 
 
 @every_reuse

@@ -367,7 +367,7 @@ def _codes_kernel(w, scale, out, n, rule: tl.constexpr, block: tl.constexpr):
 def codes_of(w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.dtype) -> Tensor:
     """The kernels' code of each of `w` (fp32, flat) with the scale beside it."""
     rule = triton_grid._rule(TensorSpec(scale_dtype=scale_dtype), master)
-    assert rule.short
+    assert rule.by_reciprocal
     out = torch.empty_like(w, device=DEVICE)
     block = 2**18 if DEVICE.type == "cpu" else 1024
     programs = (triton.cdiv(w.numel(), block),)
@@ -436,7 +436,7 @@ def test_reciprocal_gives_the_codes_of_the_division_for_denormal_scales(scale_dt
 def test_division_is_skipped_only_where_that_is_proved(spec, dtype):
     """The proof needs quotients of two numbers of 11 bits, rounded to an integer with ties to even."""
     short = spec.scale_rule == "amax/7" and dtype != FP32 and spec.scale_dtype != FP32
-    assert triton_grid._rule(spec, dtype).short is short
+    assert triton_grid._rule(spec, dtype).by_reciprocal is short
 
 
 # What is refused -----------------------------------------------------------------------------------------------------

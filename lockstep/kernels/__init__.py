@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,8 +19,12 @@ from lockstep.grid import Quantized
 from lockstep.kernels import reference, sgl, torch_int4, vllm
 from lockstep.scheme import TensorSpec
 
-if HAS_TRITON := find_spec("triton") is not None:
+try:
     from lockstep.kernels import triton_gemm, triton_grid
+except Exception as error:  # a Triton that is missing, old or broken must not take the CPU along
+    TRITON_PROBLEM = f"Triton does not load ({type(error).__name__}: {error})"
+else:
+    TRITON_PROBLEM = ""
 
 
 class KernelUnavailable(RuntimeError):
@@ -29,17 +32,29 @@ class KernelUnavailable(RuntimeError):
 
 
 class Quantizer(Protocol):
-    """A ``quantize`` kernel: a module with these functions, each equal bit for bit to `kernels.reference`'s."""
+    """A ``quantize`` kernel: a module with these functions, each equal bit for bit to `kernels.reference`'s.
 
-    def fake_quantize(self, weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor: ...
+    `weight` is ``[..., N, K]`` in bf16, fp16 or fp32; errors are those of `grid.quantize`.
+    """
 
-    def quantize(self, weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized: ...
+    def fake_quantize(self, weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor:
+        """`grid.fake_quantize`, opaque to ``torch.compile``.
 
-    def pack_quantized(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]: ...
+        Pass ``again=True`` in the backward: to a compiler it is another operator, so it does not merge the call with
+        the forward's and keep the result between the two.
+        """
 
-    def pack_marlin(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]: ...
+    def quantize(self, weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
+        """`grid.quantize`, opaque to ``torch.compile``; the codes come in `dtype`."""
 
-    def dequantize_packed(self, packed: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor: ...
+    def pack_quantized(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Words int32 ``[..., N, K/8]`` (`layouts.words`) and scales ``[..., N, G]``; K is a multiple of 8."""
+
+    def pack_marlin(self, weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Words int32 ``[..., K/16, 2N]`` and scales ``[..., G, N]`` in the order of `layouts.marlin`."""
+
+    def dequantize_packed(self, packed: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
+        """``RN(code * scale)`` of `pack_quantized`'s words and scales, or without `scale` the codes, as served."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Kernel:
     origin: Callable[[], str | None] = lambda: "Lockstep"
 
 
-def _anywhere(spec: TensorSpec, device: torch.device) -> str | None:
+def _no_device(spec: TensorSpec, device: torch.device) -> str | None:
     # The cheap question first: a layer asks at each call, and its weight on a GPU has initialized CUDA.
     if device.type == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return "this machine has no CUDA device"
@@ -67,21 +82,21 @@ def _anywhere(spec: TensorSpec, device: torch.device) -> str | None:
 
 
 def _triton_unavailable(spec: TensorSpec, device: torch.device) -> str | None:
-    if not HAS_TRITON:
-        return "Triton is not installed: pip install triton, or set LOCKSTEP_KERNEL=reference and train slower"
-    return _anywhere(spec, device) or triton_grid.unavailable(device)
+    if TRITON_PROBLEM:
+        return f"{TRITON_PROBLEM}: pip install triton, or set LOCKSTEP_KERNEL=reference and train slower"
+    return _no_device(spec, device) or triton_grid.unavailable(device)
 
 
 KERNELS = (
-    Kernel("reference", "quantize", "every spec of grid.py, any device", _anywhere, reference),
+    Kernel("reference", "quantize", "every spec of grid.py, any device", _no_device, reference),
     Kernel(
         *("triton", "quantize", "every spec of grid.py in one pass, CUDA", _triton_unavailable),
-        run=triton_grid if HAS_TRITON else None,
+        run=None if TRITON_PROBLEM else triton_grid,
     ),
-    Kernel("reference", "linear", "every spec, in the serving kernel's order", _anywhere, reference.linear),
+    Kernel("reference", "linear", "every spec, in the serving kernel's order", _no_device, reference.linear),
     Kernel(
         *("triton", "linear", "packed words in the serving kernel's order, CUDA", _triton_unavailable),
-        run=triton_gemm.linear if HAS_TRITON else None,
+        run=None if TRITON_PROBLEM else triton_gemm.linear,
     ),
     Kernel(
         "torch-int4",
@@ -128,5 +143,9 @@ def training(spec: TensorSpec, device: torch.device) -> Quantizer:
     Raises:
         KernelUnavailable: it cannot run here.
     """
-    default = "triton" if device.type == "cuda" else "reference"
-    return find("quantize", os.environ.get("LOCKSTEP_KERNEL", default), spec, device).run
+    asked = os.environ.get("LOCKSTEP_KERNEL")
+    name = asked or ("triton" if device.type == "cuda" else "reference")
+    try:
+        return find("quantize", name, spec, device).run
+    except KernelUnavailable as error:
+        raise KernelUnavailable(f"LOCKSTEP_KERNEL={asked}: {error}") from None if asked else error

@@ -57,13 +57,13 @@ class Engine:
             return []
         return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
 
-    def describe(self, path: Path) -> str:
-        """``"vllm 0.22.1 at /path"``, the version from the metadata beside the folder: another copy has its own."""
+    def describe(self) -> str | None:
+        """``"vllm 0.22.1 at /folder"``, the version from the metadata beside it: another copy has its own. Or None."""
         for folder in self.folders():
-            for name in self.distributions if path.is_relative_to(folder) else ():
-                for distribution in metadata.distributions(name=name, path=[str(folder.parent)]):
-                    return f"{self.package} {distribution.version} at {path}"
-        return f"{self.package} (unknown version) at {path}"
+            beside = [str(folder.parent)]
+            found = [one for name in self.distributions for one in metadata.distributions(name=name, path=beside)]
+            return f"{self.package} {found[0].version if found else '(unknown version)'} at {folder}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,8 @@ class Operator:
             return overload(**arguments, **self.fixed)
 
     def origin(self) -> str | None:
-        """Version and path, or None if the package is not here. Loads nothing: before the first use, the folder's."""
-        if _registered(self.name) and (library := _library(self)):
-            return self.engine.describe(library)
-        folders = self.engine.folders()
-        return self.engine.describe(folders[0]) if folders else None
+        """Version and folder of the engine, or None if it is not installed. Loads nothing."""
+        return self.engine.describe()
 
 
 @lru_cache
@@ -104,7 +101,7 @@ def resolve(operator: Operator) -> Callable[..., Tensor]:
         EngineUnavailable: no such package, no library that loads into this torch, no such operator in them, an operator
             with other arguments, or one without a CUDA kernel.
     """
-    _library(operator)
+    _load_until_registered(operator)
     overload = _registered(operator.name)
     assert overload is not None
     found = f"{operator.name} of {operator.origin() or 'another package, registered in this process,'}"
@@ -125,42 +122,31 @@ def unresolved(*operators: Operator) -> str | None:
     return None
 
 
-@lru_cache
-def _library(operator: Operator) -> Path | None:
-    """The library that registers the operator, loaded; None if it was registered by others before."""
-    if _registered(operator.name):  # with an operator that was asked for earlier, or by somebody else
-        return next((library for library in _libraries(operator)[1] if library in _LOADED), None) if _LOADED else None
-    where, libraries = _libraries(operator)
+def _load_until_registered(operator: Operator) -> None:
+    if _registered(operator.name):  # by a library that another operator needed, or by the engine itself
+        return
+    engine, namespace = operator.engine, operator.name.split("::")[0]
+    where, patterns = engine.describe(), engine.libraries()
+    if where is None:
+        raise EngineUnavailable(f"{engine.package} is not installed: {engine.install}")
+    found = [path for pattern in patterns for folder in engine.folders() for path in sorted(folder.glob(pattern))]
+    if not found:
+        raise EngineUnavailable(f"{where} has no compiled library {' or '.join(patterns)}: {engine.install}")
+    # First the library that is named after the operator's namespace.
+    libraries = sorted(found, key=lambda path: not path.name.startswith(f"{namespace}."))
     failures = []
     for library in libraries:
         if failure := _load(library):
             failures.append(f"{library}: {failure}")
         elif _registered(operator.name):
-            return library
+            return
     if failures:
         raise EngineUnavailable(
             f"{where} does not load into torch {torch.__version__}, it needs the torch and CUDA it was built for: "
             f"{failures[0]}"
         )
     looked = ", ".join(library.name for library in libraries)
-    raise EngineUnavailable(f"{where} has no operator {operator.name} in {looked}: {operator.engine.install}")
-
-
-def _libraries(operator: Operator) -> tuple[str, list[Path]]:
-    """The engine in words, and its libraries: first the one that is named after the operator's namespace."""
-    engine, namespace = operator.engine, operator.name.split("::")[0]
-    folders, patterns = engine.folders(), engine.libraries()
-    if not folders:
-        raise EngineUnavailable(f"{engine.package} is not installed: {engine.install}")
-    found = [path for pattern in patterns for folder in folders for path in sorted(folder.glob(pattern))]
-    if not found:
-        raise EngineUnavailable(
-            f"{engine.describe(folders[0])} has no compiled library {' or '.join(patterns)}: {engine.install}"
-        )
-    return engine.describe(folders[0]), sorted(found, key=lambda path: not path.name.startswith(f"{namespace}."))
-
-
-_LOADED: set[Path] = set()
+    raise EngineUnavailable(f"{where} has no operator {operator.name} in {looked}: {engine.install}")
 
 
 @lru_cache
@@ -170,7 +156,6 @@ def _load(library: Path) -> str | None:
         torch.ops.load_library(str(library))
     except OSError as error:
         return (str(error.__cause__ or error).splitlines() or ["it does not say why"])[0].removeprefix(f"{library}: ")
-    _LOADED.add(library)
     return None
 
 

@@ -13,21 +13,6 @@ from lockstep.layouts import marlin, words
 from lockstep.scheme import TensorSpec
 
 
-def fake_quantize(weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor:
-    """`grid.fake_quantize`, opaque to ``torch.compile``, which does not merge a call that comes `again`."""
-    if operators.traced(weight):
-        operator = torch.ops.lockstep.fake_quantize_again if again else torch.ops.lockstep.fake_quantize
-        return operator.default(weight, *operators.fields(spec))
-    return _fake_quantize(weight, spec)
-
-
-def quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
-    """`grid.quantize`, opaque to ``torch.compile``; the codes come in `dtype`."""
-    if operators.traced(weight):
-        return Quantized(*torch.ops.lockstep.quantize.default(weight, dtype, *operators.fields(spec)))
-    return Quantized(*_quantize(weight, spec, dtype))
-
-
 def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Words int32 ``[..., N, K/8]`` (`layouts.words`) and scales ``[..., N, G]`` of `weight` ``[..., N, K]``."""
     codes, scale = grid.quantize(weight, spec)
@@ -65,7 +50,7 @@ def gemm(x: Tensor, operand: Tensor, scale: Tensor | None, bias: Tensor | None) 
 
 
 def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
-    return grid.fake_quantize(weight.contiguous(), spec)
+    return grid.fake_quantize(weight.contiguous(), spec)  # the operator promises a contiguous result
 
 
 def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,13 +58,11 @@ def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Ten
     return codes.to(dtype), scale
 
 
-operators.define_fake_quantize("lockstep::fake_quantize", _fake_quantize)
-operators.define_fake_quantize("lockstep::fake_quantize_again", _fake_quantize)
-operators.define_quantize("lockstep::quantize", _quantize)
+fake_quantize = operators.fake_quantize("lockstep::fake_quantize", _fake_quantize)
+quantize = operators.quantize("lockstep::quantize", _quantize)
 
 
-@torch.library.custom_op("lockstep::epilogue", mutates_args=())
-def _epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _run_epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     if scale is None:
         assert bias is not None
         return y + bias
@@ -90,6 +73,4 @@ def _epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     return (y.to(wide) * scale.to(wide) + bias.to(wide)).to(y.dtype)
 
 
-@_epilogue.register_fake
-def _(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(y)
+_epilogue = operators.epilogue("lockstep::epilogue", _run_epilogue)

@@ -61,11 +61,13 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
         ValueError: K is not a multiple of 8, or `x` has another dtype.
     """
     n, k = quantized.codes.shape
-    if k % 8 or x.dtype not in (spec.served_dtype, torch.float32):
+    if k % 8 or x.shape[-1] != k or x.dtype not in (spec.served_dtype, torch.float32):
         raise ValueError(
             f"triton cannot run a weight of {[n, k]} served in {spec.served_dtype} on an input of {list(x.shape)} in "
-            f"{x.dtype}: it needs a multiple of 8 inputs, and the served dtype or float32."
+            f"{x.dtype}: it needs a multiple of 8 inputs, as many as the weight has, in the served dtype or float32."
         )
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(f"the bias is {list(bias.shape)} {bias.dtype}: it must be {[n]} {x.dtype}.")
     rows, after = x.reshape(-1, k).contiguous(), spec.scale_follows_gemm(k)
     scale = quantized.scale.to(x.dtype) if after else quantized.scale
     out = x.new_empty(*x.shape[:-1], n)

@@ -9,11 +9,13 @@ Each function is ``torch.equal`` to what `grid` and `layouts` compute (C2). What
 * Where weight and scale have 16 bits, w times the reciprocal of the scale instead of the division. A quotient of two
   numbers of 11 bits or less that is not half an integer is at least 2**-13 away from any; the product is off by less
   than 2**-20. So rounded to multiples of 2**-14 (plus and minus 768), a tie is a tie again, and nothing else is.
-* Magnitudes compared as integers, where NaN is above infinity and so takes its whole group.
+* Magnitudes compared as integers, where NaN is above infinity and so takes its whole group. The served weight is NaN
+  there; which codes stand beside the NaN scale is left to the hardware.
 
-A weight is read once and its result written once, so the cost is that traffic: 4 bytes a bf16 weight for a fake
-quantization, 2.5 for packing. A group is contiguous in memory, so the grouped kernels see a flat list of groups; a
-channel-wise row may be longer than the registers are, and is read a second time while it is still in the cache.
+A weight is read once and its result written once: 4 bytes a bf16 weight for a fake quantization, which runs at the
+speed of a copy; 2.5 for packing, where arithmetic shows. A group is contiguous in memory, so the grouped kernels see a
+flat list of groups; a channel-wise row may be longer than the registers are, and is read again while it is still in the
+cache.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lockstep import grid
-from lockstep.grid import Quantized
 from lockstep.kernels import operators
 from lockstep.layouts import marlin
 from lockstep.scheme import RULES, TensorSpec
@@ -46,17 +47,19 @@ TL_DTYPES = {
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-# Sizes of a program, the fastest on an H200: weights, weights that it packs, weights of a row that it reads at a time,
-# inputs of 64 outputs for Marlin, words that it unpacks.
-BLOCK, PACK_BLOCK, ROW_BLOCK, MARLIN_BLOCK, UNPACK_BLOCK = 2048, 4096, 4096, 128, 512
-
+# The fastest on an H200.
+BLOCK = 2048  # weights of a program
+PACK_BLOCK = 4096  # weights of a program that packs
+ROW_BLOCK = 4096  # weights of a row that are read at a time
+MARLIN_BLOCK = 128  # inputs of a tile for Marlin, beside its 64 outputs
+UNPACK_BLOCK = 512  # words of a program that unpacks
 
 # The sum of eight fp32 exponents of 1.5 * 2**23, each shifted left by another multiple of 4, modulo 2**32.
-_EXPONENTS = tl.constexpr(1061158912)
+_EXPONENTS = tl.constexpr(0x4B400000 * 0x11111111 % 2**32)
 
 
 @dataclass(frozen=True, eq=False)  # `_rule` makes one of each, and hashing it by identity is quick
-class Arithmetic:
+class Rule:
     """A `TensorSpec` and a master's dtype, as the compiler wants them."""
 
     divisor: float
@@ -65,7 +68,7 @@ class Arithmetic:
     signed: bool  # the rule max/-8
     exact: tl.dtype  # in which the extreme is divided
     quotient: tl.dtype  # in which the weight is divided
-    short: bool  # no need to divide: see `_quotient`
+    by_reciprocal: bool  # no need to divide: see above
     scale: tl.dtype
     limit: float  # the largest scale
 
@@ -109,7 +112,7 @@ def _quotient(w, scale, rule: tl.constexpr):
     divisor = tl.where(scale == 0, 1.0, scale)
     if rule.signed:
         quotient = tl.floor(w * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor) + 8.5) - 8
-    elif rule.short:
+    elif rule.by_reciprocal:
         lift = tl.where(divisor < 1.1754944e-38, 16777216.0, 1.0)  # a denormal's reciprocal is infinite
         quotient = (w * lift) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor * lift)
         quotient = (quotient + 768.0) - 768.0
@@ -126,7 +129,7 @@ def _codes(w, scale, rule: tl.constexpr):
 
 @triton.jit
 def _fields(w, scale, shift, rule: tl.constexpr):
-    """``code + 8``, shifted left, plus what `_FIELDS` takes off a sum of eight of them: the number's other bits."""
+    """``code + 8`` in the low bits, shifted left; what is above them `_EXPONENTS` takes off the sum of eight."""
     return (_quotient(w, scale, rule) + (12582912.0 + 8)).to(tl.int32, bitcast=True) << shift
 
 
@@ -257,21 +260,6 @@ def _dequantize_kernel(packed, scales, out, words, size: tl.constexpr, block: tl
 # The operators -------------------------------------------------------------------------------------------------------
 
 
-def fake_quantize(weight: Tensor, spec: TensorSpec, again: bool = False) -> Tensor:
-    """`grid.fake_quantize` in one pass, opaque to ``torch.compile``, which does not merge a call that comes `again`."""
-    if operators.traced(weight):
-        operator = torch.ops.lockstep.triton_fake_quantize_again if again else torch.ops.lockstep.triton_fake_quantize
-        return operator.default(weight, *operators.fields(spec))
-    return _fake_quantize(weight, spec)
-
-
-def quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype = torch.int8) -> Quantized:
-    """`grid.quantize` in one pass, opaque to ``torch.compile``; the codes come in `dtype`."""
-    if operators.traced(weight):
-        return Quantized(*torch.ops.lockstep.triton_quantize.default(weight, dtype, *operators.fields(spec)))
-    return Quantized(*_quantize(weight, spec, dtype))
-
-
 def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Words int32 ``[..., N, K/8]`` (`layouts.words`) and scales ``[..., N, G]`` of `weight` ``[..., N, K]``.
 
@@ -281,7 +269,7 @@ def pack_quantized(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     *rows, k = weight.shape
     if k % 8:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: words hold 8 codes, {k} inputs do not fill them.")
-    launch = _quantize_launch(spec, weight.dtype, weight.shape, torch.int32, "words")
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, "words")
     words, scale = weight.new_empty(*rows, k // 8, dtype=torch.int32), _empty_scale(weight, spec)
     launch(weight.contiguous(), words, scale)
     return words, scale
@@ -299,7 +287,7 @@ def pack_marlin(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     words, scale = weight.new_empty(*experts, k // 16, 2 * n, dtype=torch.int32), _empty_scale(weight, spec)
     groups = scale.shape[-1]
     if groups == 1:  # a row may be longer than a tile
-        _quantize_launch(spec, weight.dtype, weight.shape, None, "scale")(weight, None, scale)
+        _quantize_launch(spec, weight.dtype, weight.shape, "scale")(weight, None, scale)
     launch(weight, words, scale)
     return words, marlin.pack_scales(scale) if groups == 1 else scale.view(*experts, groups, n)
 
@@ -310,6 +298,12 @@ def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) ->
     `packed` int32 ``[..., N, K/8]`` and `scale` ``[..., N, G]`` are those of `pack_quantized`.
     """
     *rows, columns = packed.shape
+    groups = spec.num_groups(columns * 8)
+    if packed.dtype != torch.int32 or (scale is not None and scale.shape != (*rows, groups)):
+        raise ValueError(
+            f"words are int32 [..., N, K/8] and scales [..., N, {groups}] for {spec}; found {packed.dtype} "
+            f"{tuple(packed.shape)} and {None if scale is None else tuple(scale.shape)}."
+        )
     out = packed.new_empty(*rows, columns * 8, dtype=spec.served_dtype)
     scale = None if scale is None else scale.contiguous()
     _dequantize_launch(spec, packed.shape)(packed.contiguous(), scale, out)
@@ -326,7 +320,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
-    launch = _quantize_launch(spec, weight.dtype, weight.shape, spec.served_dtype, "weight")
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, "weight")
     weight = weight.contiguous()
     out = torch.empty_like(weight, dtype=spec.served_dtype)
     launch(weight, out, None)
@@ -334,7 +328,7 @@ def _fake_quantize(weight: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    launch = _quantize_launch(spec, weight.dtype, weight.shape, dtype, "codes")
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, "codes")
     weight = weight.contiguous()
     codes, scale = torch.empty_like(weight, dtype=dtype), _empty_scale(weight, spec)
     launch(weight, codes, scale)
@@ -345,9 +339,8 @@ def _empty_scale(weight: Tensor, spec: TensorSpec) -> Tensor:
     return weight.new_empty(*weight.shape[:-1], spec.num_groups(weight.shape[-1]), dtype=spec.scale_dtype)
 
 
-operators.define_fake_quantize("lockstep::triton_fake_quantize", _fake_quantize)
-operators.define_fake_quantize("lockstep::triton_fake_quantize_again", _fake_quantize)
-operators.define_quantize("lockstep::triton_quantize", _quantize)
+fake_quantize = operators.fake_quantize("lockstep::triton_fake_quantize", _fake_quantize)
+quantize = operators.quantize("lockstep::triton_quantize", _quantize)
 
 
 # Launching -----------------------------------------------------------------------------------------------------------
@@ -357,13 +350,13 @@ operators.define_quantize("lockstep::triton_quantize", _quantize)
 class _Launch:
     """A kernel with all of its arguments but the tensors.
 
-    Triton looks up what it compiled at each launch, which takes longer than the kernel of a small layer runs. Here that
-    look-up is left with what the tensors bring: which are there, their dtypes, and the device. Of tensors that do not
-    begin at a multiple of 16 bytes each may be another one the next time, so they take Triton's own way.
+    Triton's own look-up of a compiled kernel takes longer than a small layer's kernel runs. Here only what the tensors
+    bring is looked up: device, dtypes, which are None. Triton compiles another kernel for tensors that do not begin at
+    a multiple of 16 bytes, so those take its own way each time.
     """
 
     kernel: Any
-    programs: tuple[int, ...]
+    programs: tuple[int, ...]  # three: a compiled kernel takes no fewer
     arguments: tuple[Any, ...]
     compiled: dict[tuple, Any] = field(default_factory=dict)
 
@@ -386,10 +379,7 @@ class _Launch:
 
 
 @lru_cache
-def _quantize_launch(
-    spec: TensorSpec, master: torch.dtype, shape: torch.Size, out: torch.dtype | None, result: str
-) -> _Launch:
-    """Scales, and the `result` ("weight", "codes", "words" or, alone, "scale") in dtype `out`."""
+def _quantize_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size, result: str) -> _Launch:
     grid.check(master, shape, spec)
     size = spec.group_size or shape[-1]
     rows, rule = shape.numel() // size if size else 0, _rule(spec, master)
@@ -416,15 +406,17 @@ def _dequantize_launch(spec: TensorSpec, shape: torch.Size) -> _Launch:
 
 
 @cache
-def _rule(spec: TensorSpec, master: torch.dtype) -> Arithmetic:
+def _rule(spec: TensorSpec, master: torch.dtype) -> Rule:
     """The rule of `spec` for a master of dtype `master`, with the dtypes of `grid`'s table."""
+    if spec.scale_rule not in ("amax/7", "amax/7.5", "max/-8"):
+        raise NotImplementedError(f"{spec.scale_rule}: add its branch to _quotient, and its dtypes here.")
     in_own_dtype = spec.scale_rule == "amax/7.5"
-    return Arithmetic(
+    return Rule(
         *RULES[spec.scale_rule],
         signed=spec.scale_rule == "max/-8",
         exact=TL_DTYPES[master if in_own_dtype else torch.float32],
         quotient=TL_DTYPES[torch.promote_types(master, spec.scale_dtype) if in_own_dtype else torch.float32],
-        short=spec.scale_rule == "amax/7" and torch.float32 not in (master, spec.scale_dtype),
+        by_reciprocal=spec.scale_rule == "amax/7" and torch.float32 not in (master, spec.scale_dtype),
         scale=TL_DTYPES[spec.scale_dtype],
         limit=torch.finfo(spec.scale_dtype).max,
     )

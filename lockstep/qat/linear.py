@@ -36,7 +36,7 @@ class QATLinear(nn.Linear):
 
     scheme: Scheme
     qualified_name: str
-    kept: Kept | None
+    kept: Kept | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         dtype, spec = compute_dtype(input), self.scheme.weights
@@ -46,7 +46,7 @@ class QATLinear(nn.Linear):
                 "Train in the served dtype or in float32, or set served_dtype."
             )
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.kept is not None and self.training:
+        if self.kept is not None and self.training and torch.is_grad_enabled():
             return self._forward_reusing(input.to(dtype), bias)
         return _StraightThroughLinear.apply(input.to(dtype), self.weight, bias, spec, None)
 
@@ -56,9 +56,22 @@ class QATLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP hands a layer its newly gathered weight this way: in the same memory, and with the same version.
-        if name == "weight" and self.kept is not None:
-            self.kept.drop()
+        if name == "weight":
+            self._drop()
         super().__setattr__(name, value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QATLinear:
+        self._drop()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> QATLinear:
+        if not mode:
+            self._drop()
+        return super().train(mode)
+
+    def _drop(self) -> None:
+        if self.kept is not None:
+            self.kept.drop()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"

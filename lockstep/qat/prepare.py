@@ -82,8 +82,8 @@ def prepare(
     """Make the matching layers of `model` train on the weights that `scheme` will serve.
 
     Swaps ``module.__class__`` in place: no parameter, buffer or state-dict key is added, so optimizers, checkpoints and
-    sharding see the model that they know. Doing it twice with the same scheme changes nothing. Works on the ``meta``
-    device, where only shapes are checked.
+    sharding see the model that they know. Doing it twice with the same scheme changes nothing but `reuse`, which is as
+    the last call says. Works on the ``meta`` device, where only shapes are checked.
 
     Args:
         model: any module tree with ``nn.Linear`` layers.
