@@ -86,9 +86,9 @@ def _git(*arguments: str) -> str | None:
 
 def quantize_kernels(device: torch.device) -> dict[str, str]:
     """For each kernel with which weights could train: "available", or why it is not."""
-    spec = lockstep.TensorSpec()
+    scheme = lockstep.Scheme()
     found = [kernel for kernel in kernels.KERNELS if kernel.operator == "quantize"]
-    return {kernel.name: kernel.unavailable(spec, device) or "available" for kernel in found}
+    return {kernel.name: kernel.unavailable(scheme, device) or "available" for kernel in found}
 
 
 def require(package: str, module: str, tested: str) -> None:
@@ -100,7 +100,7 @@ def require(package: str, module: str, tested: str) -> None:
 def quantizer(name: str, spec: lockstep.TensorSpec, device: torch.device) -> kernels.Quantizer:
     """The functions of a ``quantize`` kernel, or `Skipped` with the reason why it cannot run here."""
     try:
-        return kernels.find("quantize", name, spec, device).run
+        return kernels.find("quantize", name, lockstep.Scheme(spec), device).run
     except kernels.KernelUnavailable as error:
         raise Skipped(str(error)) from None
 

@@ -60,21 +60,22 @@ class LayerLinears(nn.Module):
     def __init__(self, hidden: int, intermediate: int, key_value: int, device: torch.device) -> None:
         super().__init__()
         shapes = {
-            "q": (hidden, hidden),
-            "k": (hidden, key_value),
-            "v": (hidden, key_value),
-            "o": (hidden, hidden),
-            "gate": (hidden, intermediate),
-            "up": (hidden, intermediate),
-            "down": (intermediate, hidden),
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, key_value),
+            "v_proj": (hidden, key_value),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, intermediate),
+            "up_proj": (hidden, intermediate),
+            "down_proj": (intermediate, hidden),
         }
         for name, (inputs, outputs) in shapes.items():
             self.add_module(name, nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and the layer's output, from ``x [tokens, hidden]``."""
-        hidden = self.o(self.q(x))
-        return self.k(x), self.v(x), self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        hidden = self.o_proj(query)
+        return key, value, self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class Work:
@@ -187,14 +188,14 @@ def measure(work: Work, paths: list[Path], modes: list[str], rounds: int) -> lis
     return rows
 
 
-def main() -> None:
+def main(name: str = "layer_step", doc: str = __doc__ or "", all_paths: dict[str, Path] = PATHS) -> None:
     """Measure every path at every size."""
-    parser = arguments(__doc__, rounds=12)
+    parser = arguments(doc, rounds=12)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--intermediate", type=int)
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--compiled-tokens", type=int, nargs="*", help="those of --tokens that are compiled too")
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--paths", nargs="+", choices=list(all_paths), default=list(all_paths))
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     options = parse(
         parser,
@@ -203,9 +204,9 @@ def main() -> None:
         tokens=([256, 1024], [512, 2048, 8192, 16384]),
         compiled_tokens=([256], [2048, 8192]),
     )
-    paths = [PATHS[name] for name in dict.fromkeys(["bf16", *options.paths])]
+    paths = [all_paths[path] for path in dict.fromkeys(["bf16", *options.paths])]
     claim = "forward + backward of a Llama layer's linears, bf16, no optimizer; ratios to plain bf16 eager in this run"
-    benchmark = Benchmark("layer_step", claim, COLUMNS, options)
+    benchmark = Benchmark(name, claim, COLUMNS, options)
     for tokens in options.tokens:
         modes = ["eager", *(["compiled"] if "compiled" in options.modes and tokens in options.compiled_tokens else [])]
         benchmark.add(measure(Work(options, tokens), paths, modes, options.rounds))

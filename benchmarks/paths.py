@@ -1,7 +1,8 @@
-"""The ways to train INT4 weights that are compared: Lockstep, its peers and a plain straight-through estimator.
+"""The ways to train that are compared: Lockstep, its peers and a plain straight-through estimator.
 
-Each path prepares a module tree in place, all ``nn.Linear`` but ``lm_head``, with groups of 128: the peers in the
-configuration that their documentation names for this, or the faster one where there are two.
+Each path prepares a module tree in place, all ``nn.Linear`` but ``lm_head``: INT4 weights in groups of 128, or weights
+and inputs in 8 bits. The peers run in the configuration that their documentation names for this, or the faster one
+where there are two.
 """
 
 from __future__ import annotations
@@ -94,6 +95,44 @@ def modelopt(model: nn.Module) -> None:
     mtq.quantize(model, mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
 
 
+def eight_bit(model: nn.Module, scheme: str, fp8_input_gradient: bool = False) -> None:
+    """Switch to Lockstep with quantized inputs."""
+    lockstep.prepare(model, scheme, fp8_input_gradient=fp8_input_gradient)
+
+
+def torchao_fp8(model: nn.Module) -> None:
+    """Switch to the fake quantizer that torchao derives from its FP8 serving configuration, a scale a row and token."""
+    require("torchao", "torchao", TORCHAO)
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+    from torchao.quantization.qat import QATConfig
+
+    _torchao(model, QATConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), step="prepare"))
+
+
+def torchao_int8(model: nn.Module) -> None:
+    """Switch to torchao's general integer fake quantizer, 8 bits, a scale a token and channel."""
+    require("torchao", "torchao", TORCHAO)
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=True)
+    weight = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    _torchao(model, QATConfig(activation_config=inputs, weight_config=weight, step="prepare"))
+
+
+def modelopt_eight_bit(model: nn.Module, config: str) -> None:
+    """Switch to ModelOpt with quantized inputs, their static ranges measured on one random batch."""
+    require("nvidia-modelopt", "modelopt", MODELOPT)
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.extensions import get_cuda_ext, get_cuda_ext_fp8
+
+    first = next(linears(model)).weight
+    if first.is_cuda:
+        get_cuda_ext(raise_if_failed=True)
+        get_cuda_ext_fp8(raise_if_failed=True)
+    batch = torch.randn(64, first.shape[1], device=first.device, dtype=first.dtype)
+    mtq.quantize(model, getattr(mtq, config), forward_loop=lambda model: model(batch))
+
+
 BF16 = Path("bf16", lambda model: None, "plain")
 LOCKSTEP = Path("lockstep", prepared, "W4A16, groups of 128")
 PATHS = {
@@ -111,3 +150,20 @@ KEPT = [
     Path("lockstep, codes reused", lambda model: prepared(model, "codes"), "groups of 128, reuse='codes'"),
     Path("lockstep, weight reused", lambda model: prepared(model, "weight"), "groups of 128, reuse='weight'"),
 ]
+EIGHT_BIT = {
+    path.name: path
+    for path in (
+        BF16,
+        Path("lockstep FP8", lambda model: eight_bit(model, "FP8_DYNAMIC"), "FP8_DYNAMIC"),
+        Path(
+            "lockstep FP8, fp8 input gradient",
+            lambda model: eight_bit(model, "FP8_DYNAMIC", True),
+            "FP8_DYNAMIC, fp8_input_gradient=True",
+        ),
+        Path("lockstep INT8", lambda model: eight_bit(model, "W8A8"), "W8A8"),
+        Path("torchao FP8", torchao_fp8, "Float8DynamicActivationFloat8WeightConfig(PerRow())"),
+        Path("torchao INT8", torchao_int8, "IntxFakeQuantizeConfig int8, per_token inputs and per_channel weights"),
+        Path("ModelOpt FP8", lambda model: modelopt_eight_bit(model, "FP8_DEFAULT_CFG"), "FP8_DEFAULT_CFG"),
+        Path("ModelOpt INT8", lambda model: modelopt_eight_bit(model, "INT8_DEFAULT_CFG"), "INT8_DEFAULT_CFG"),
+    )
+}

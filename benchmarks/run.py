@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ("layer_step", "reuse", "kernel_bandwidth", "growth", "kernel_agreement", "whole_model")
+SCRIPTS = (
+    *("layer_step", "eight_bit_step", "fp8_gradient", "reuse", "kernel_bandwidth", "growth", "kernel_agreement"),
+    "whole_model",
+)
 
 
 def main() -> None:

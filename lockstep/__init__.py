@@ -9,25 +9,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lockstep.calibrate import CalibrationReport, calibrate
+from lockstep.plan import Plan, plan
 from lockstep.qat.prepare import PrepareReport, prepare, unprepare
-from lockstep.scheme import Scheme, TensorSpec
+from lockstep.scheme import ActivationSpec, KVCacheSpec, Rule, Scheme, TensorSpec
+from lockstep.sensitivity import SensitivityReport, sensitivity
 
 if TYPE_CHECKING:
     from lockstep import align, callbacks, export, grid, kernels, qat, recipes
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationSpec",
+    "CalibrationReport",
+    "KVCacheSpec",
+    "Plan",
     "PrepareReport",
+    "Rule",
     "Scheme",
+    "SensitivityReport",
     "TensorSpec",
     "align",
+    "calibrate",
     "callbacks",
     "export",
     "grid",
     "kernels",
+    "plan",
     "prepare",
     "qat",
     "recipes",
+    "sensitivity",
     "unprepare",
 ]
 

@@ -1,11 +1,10 @@
-"""The command line: ``lockstep fit | validate | test | predict | align | kernels``."""
+"""The command line: ``lockstep fit | validate | test | predict | align | calibrate | sensitivity | plan | kernels``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lockstep.scheme import Scheme
 
@@ -20,7 +19,17 @@ def main(args: Sequence[str] | None = None) -> int:
     command = words[0] if words else "--help"
     if command in TRAINER_COMMANDS:
         return _trainer(args)
-    functions: dict[str, Callable[..., int]] = {"align": align, "kernels": kernels}
+    from lockstep.calibrate import calibrate_command
+    from lockstep.plan import plan_command
+    from lockstep.sensitivity import sensitivity_command
+
+    functions: dict[str, Callable[..., int]] = {
+        "align": align,
+        "calibrate": calibrate_command,
+        "kernels": kernels,
+        "plan": plan_command,
+        "sensitivity": sensitivity_command,
+    }
     if command not in functions:
         print(_USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
         return 0 if command in ("-h", "--help") else 2
@@ -64,13 +73,11 @@ def align(
         html: write the report as a page there.
         json: write the report as JSON there.
     """
-    import torch
     from rich.console import Console
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lockstep
     from lockstep.export import Checkpoint
+    from lockstep.loading import load_model, token_batches
 
     for path, suffix in ((html, ".html"), (json, ".json")):
         if path and Path(path).suffix != suffix:
@@ -78,23 +85,9 @@ def align(
     if not Path(model).is_dir():
         raise ValueError(f"{model} is not a folder: MODEL is the transformers folder with the trained masters.")
     trained_with = Scheme.of(scheme) if scheme else Checkpoint(checkpoint).scheme
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        torch.empty(0, device=where)
-    except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises differs by device
-        raise ValueError(f"device={device!r} is not there: {error}") from error
-    try:
-        trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model and its tokenizer from {model}: {error}") from error
-    trained.to(where)
+    trained, tokenizer = load_model(model, device)
     lockstep.prepare(trained, trained_with, targets, ignore)
-    ids = tokenizer(_text(text), return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
-    block = min(ids.shape[1], getattr(trained.config, "max_position_embeddings", max_tokens))
-    if block < 2:
-        raise ValueError(f"the text has {ids.shape[1]} tokens: too few to compare.")
-    batch = {"input_ids": ids[0, : ids.shape[1] // block * block].view(-1, block).to(trained.device)}
+    (batch,) = token_batches(trained, tokenizer, text, max_tokens, size=max_tokens)
 
     report = lockstep.align.compare(trained, checkpoint, batch, kernel)
     Console().print(report)
@@ -117,10 +110,10 @@ def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:
 
     from lockstep.kernels import KERNELS
 
-    spec = Scheme.of(scheme).weights
-    table = Table("operator", "kernel", "serves", f"{spec} on {device}", "comes from")
+    asked = Scheme.of(scheme)
+    table = Table("operator", "kernel", "serves", f"{asked} on {device}", "comes from")
     for kernel in KERNELS:
-        reason = kernel.unavailable(spec, torch.device(device))
+        reason = kernel.unavailable(asked, torch.device(device))
         answer = f"no: {reason}" if reason else "yes"
         table.add_row(kernel.operator, kernel.name, kernel.serves, answer, kernel.origin() or "not installed")
     Console().print(table)
@@ -142,18 +135,13 @@ def _trainer(args: Sequence[str] | None) -> int:
     return 0
 
 
-def _text(path: str | None) -> str:
-    if path is not None:
-        return Path(path).read_text(encoding="utf-8")
-    import argparse
-
-    return Path(argparse.__file__).read_text(encoding="utf-8")
-
-
 _USAGE = """usage: lockstep COMMAND ...
 
   fit | validate | test | predict   a LightningCLI run, e.g. lockstep fit --config lockstep/recipes/int4_qat.yaml
   align MODEL CHECKPOINT            does the checkpoint compute what was trained? exits with 1 if not
+  calibrate MODEL OUT               measure the input ranges of a model, for schemes that store them
+  sensitivity MODEL                 what each scheme costs each layer, and a recipe for a budget of bytes
+  plan MODEL                        what serving and training take of memory, and which GPUs fit
   kernels                           every registered kernel, and why it can or cannot run here
 
 lockstep COMMAND --help tells the rest."""

@@ -1,7 +1,9 @@
 """What a number becomes: the one object that fake quant, export and ``config.json`` all read.
 
-A `TensorSpec` says how one tensor is quantized, a `Scheme` says it for a layer. Preset names, targets and the
-JSON written are those of compressed-tensors, so that llm-compressor, vLLM, SGLang and transformers read them.
+A `TensorSpec` says how weights are quantized, an `ActivationSpec` how a layer's inputs are, a `KVCacheSpec` how keys
+and values are; a `Scheme` is what a layer does with its weights and inputs, and a `Rule` which layers do so. Preset
+names, targets and the JSON written are those of compressed-tensors, so that llm-compressor, vLLM, SGLang and
+transformers read them.
 """
 
 from __future__ import annotations
@@ -13,36 +15,72 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-ScaleRule = Literal["amax/7", "amax/7.5", "max/-8"]
-GROUP_SIZES = (32, 64, 128)
+Strategy = Literal["group", "channel", "tensor", "block"]
+Engine = Literal["vllm", "sglang"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 and its kernels have them
 
 
-class _Rule(NamedTuple):
+class Format(NamedTuple):
+    """A number format: bits of a code, the dtype that holds codes in memory, the largest code."""
+
+    bits: int
+    codes: torch.dtype
+    largest: float
+
+
+FORMATS = {
+    "int4": Format(4, torch.int8, 7),
+    "int8": Format(8, torch.int8, 127),
+    "fp8_e4m3": Format(8, torch.float8_e4m3fn, 448),
+    "fp8_e5m2": Format(8, torch.float8_e5m2, 57344),
+    "fp4_e2m1": Format(4, torch.float8_e4m3fn, 6),  # e4m3 has all of its values
+}
+
+
+class ScaleRule(NamedTuple):
+    """How a weight's scale and codes follow from it; the arithmetic and whose it is: grid.py."""
+
+    format: str
     divisor: float
-    low: int
-    high: int
+    low: float
+    high: float
+    groupings: tuple[tuple[Strategy, int | None], ...]
+    scale_dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
+    symmetric: bool = True
 
 
-# Whose rule is whose, and how each divides and rounds: grid.py.
-RULES: dict[str, _Rule] = {
-    "amax/7": _Rule(7.0, -7, 7),
-    "amax/7.5": _Rule(7.5, -8, 7),
-    "max/-8": _Rule(-8.0, -8, 7),
+_GROUPS: tuple[tuple[Strategy, int | None], ...] = (("group", 32), ("group", 64), ("group", 128), ("channel", None))
+_TILES: tuple[tuple[Strategy, int | None], ...] = (("channel", None), ("tensor", None), ("block", None))
+_FP32, _E4M3, _E8M0 = (torch.float32,), (torch.float8_e4m3fn,), (torch.float8_e8m0fnu,)
+
+# The first rule of a format is its default.
+RULES: dict[str, ScaleRule] = {
+    "amax/7": ScaleRule("int4", 7.0, -7, 7, _GROUPS),
+    "amax/7.5": ScaleRule("int4", 7.5, -8, 7, _GROUPS),
+    "max/-8": ScaleRule("int4", -8.0, -8, 7, (("group", 32),), (torch.float16,)),
+    "range/15": ScaleRule("int4", 15.0, -8, 7, _GROUPS, symmetric=False),
+    "amax/127": ScaleRule("int8", 127.0, -127, 127, _GROUPS),
+    "amax/127.5": ScaleRule("int8", 127.5, -128, 127, _GROUPS),
+    "amax/448": ScaleRule("fp8_e4m3", 448.0, -448, 448, _TILES, _FP32),
+    "pow2/448": ScaleRule("fp8_e4m3", 448.0, -448, 448, (("block", None),), _FP32),
+    "mx/8": ScaleRule("fp8_e4m3", 2.0**8, -448, 448, (("group", 32),), _E8M0),
+    "nv/6": ScaleRule("fp4_e2m1", 6.0, -6, 6, (("group", 16),), _E4M3),
+    "mx/2": ScaleRule("fp4_e2m1", 2.0**2, -6, 6, (("group", 32),), _E8M0),
 }
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor ``[..., N, K]`` becomes codes and scales.
+    """How a weight ``[..., N, K]`` becomes codes and scales.
 
     Args:
-        format: number format of the codes. This version: ``"int4"``.
-        strategy: ``"group"`` (one scale for `group_size` neighbours along K) or ``"channel"`` (one for each row).
-        group_size: 32, 64 or 128; ``None`` with ``strategy="channel"`` (the default 128 is dropped there).
-        symmetric: no zero point. This version: ``True``.
-        scale_rule: ``"amax/7"`` (codes in [-7, 7]), ``"amax/7.5"`` (compressed-tensors, [-8, 7]) or ``"max/-8"``
-            (GGUF Q4_0: groups of 32, fp16 scale, [-8, 7]).
+        format: number format of the codes: ``"int4"``, ``"int8"``, ``"fp8_e4m3"`` or ``"fp4_e2m1"``.
+        strategy: what shares a scale: ``"group"`` (`group_size` neighbours along K), ``"channel"`` (a row),
+            ``"block"`` (128 x 128 weights) or ``"tensor"`` (all, with those of the layers that engines fuse with it).
+        group_size: 16, 32, 64 or 128 with ``strategy="group"``, else ``None`` (the default 128 is dropped).
+        symmetric: no zero point.
+        scale_rule: one of `RULES`; empty: the first that has the format, the grouping and the symmetry.
         scale_dtype: dtype in which the scale is stored. It is rounded to it before any code is computed.
         served_dtype: dtype of the activations in the engine, in which the kernel rounds ``code * scale``.
 
@@ -54,86 +92,274 @@ class TensorSpec:
     strategy: str = "group"
     group_size: int | None = 128
     symmetric: bool = True
-    scale_rule: str = "amax/7"
+    scale_rule: str = ""
     scale_dtype: torch.dtype = torch.bfloat16
     served_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        _one_of("format", self.format, ("int4",))
-        _one_of("strategy", self.strategy, ("group", "channel"))
-        _one_of("symmetric", self.symmetric, (True,))
-        _one_of("scale_rule", self.scale_rule, tuple(RULES))
-        _one_of("scale_dtype", self.scale_dtype, tuple(DTYPES.values()))
+        _one_of("format", self.format, tuple(dict.fromkeys(rule.format for rule in RULES.values())))
+        _one_of("strategy", self.strategy, ("group", "channel", "tensor", "block"))
+        _one_of("symmetric", self.symmetric, (True, False))
         _one_of("served_dtype", self.served_dtype, tuple(DTYPES.values()))
-        if self.strategy == "channel":
-            _one_of("group_size with strategy='channel'", self.group_size, (None, 128))
+        if self.strategy != "group":
+            _one_of(f"group_size with strategy={self.strategy!r}", self.group_size, (None, 128))
             object.__setattr__(self, "group_size", None)
-        else:
-            _one_of("group_size", self.group_size, GROUP_SIZES)
-        if self.scale_rule == "max/-8" and (self.group_size, self.scale_dtype) != (32, torch.float16):
-            raise ValueError(
-                "scale_rule='max/-8' is GGUF's Q4_0: it needs group_size=32 and scale_dtype=torch.float16, "
-                f"found group_size={self.group_size} and scale_dtype={self.scale_dtype}."
-            )
+        if not self.scale_rule:
+            object.__setattr__(self, "scale_rule", self._default_rule())
+        fitting = tuple(n for n, r in RULES.items() if r.format == self.format and r.symmetric == self.symmetric)
+        kind = f"{self.format} {'symmetric' if self.symmetric else 'asymmetric'}"
+        if not fitting:
+            raise ValueError(f"symmetric={self.symmetric}: {self.format} weights have no such scale rule.")
+        _one_of(f"scale_rule of {kind}", self.scale_rule, fitting)
+        rule = RULES[self.scale_rule]
+        grouping = f"grouping (strategy, group_size) of scale_rule={self.scale_rule!r}"
+        _one_of(grouping, (self.strategy, self.group_size), rule.groupings)
+        _one_of(f"scale_dtype of scale_rule={self.scale_rule!r}", self.scale_dtype, rule.scale_dtypes)
+
+    def _default_rule(self) -> str:
+        same = [n for n, r in RULES.items() if r.format == self.format and r.symmetric == self.symmetric]
+        fitting = [name for name in same if (self.strategy, self.group_size) in RULES[name].groupings]
+        return next(iter(fitting or same), "")
 
     @property
     def bits(self) -> int:
         """Bits of one code."""
-        return 4
+        return FORMATS[self.format].bits
 
     @property
-    def code_range(self) -> tuple[int, int]:
+    def code_dtype(self) -> torch.dtype:
+        """The dtype that holds the codes: int8, or an 8-bit float whose values they are."""
+        return FORMATS[self.format].codes
+
+    @property
+    def code_range(self) -> tuple[float, float]:
         """Smallest and largest code."""
         rule = RULES[self.scale_rule]
         return rule.low, rule.high
 
+    @property
+    def per_tensor(self) -> bool:
+        """Whether something is scaled by the largest magnitude of the whole tensor (and of those fused with it)."""
+        return self.strategy == "tensor" or self.scale_rule == "nv/6"
+
     def num_groups(self, k: int) -> int:
         """Scales in a row of `k` weights. ValueError, with the sizes that would fit, if `k` does not divide."""
-        if self.strategy == "channel":
+        if k == 0 and self.group_size is None:
+            raise ValueError("there are no input features to quantize.")
+        if self.strategy == "block":
+            return -(-k // BLOCK)
+        if self.group_size is None:
             return 1
-        assert self.group_size is not None
         if k == 0 or k % self.group_size:
-            fits = [str(size) for size in GROUP_SIZES if k and k % size == 0]
+            sizes = [size for _, size in RULES[self.scale_rule].groupings if size]
+            fits = [str(size) for size in sizes if k and k % size == 0]
             advice = f"group_size {' or '.join(fits)} would fit" if fits else "no supported group_size fits"
-            raise ValueError(
-                f"{k} input features do not divide into groups of {self.group_size}: {advice}, "
-                "strategy='channel' takes any length."
-            )
+            channel = ", strategy='channel' takes any length" * (("channel", None) in RULES[self.scale_rule].groupings)
+            raise ValueError(f"{k} input features do not divide into groups of {self.group_size}: {advice}{channel}.")
         return k // self.group_size
 
+    def scale_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Rows and columns of the scales of `n` x `k` weights."""
+        rows = {"tensor": 1, "block": -(-n // BLOCK)}.get(self.strategy, n)
+        return rows, self.num_groups(k)
+
     def scale_follows_gemm(self, k: int) -> bool:
-        """Whether the serving kernel multiplies by the scale after the GEMM instead of before it.
+        """Whether a weight-only kernel multiplies by the (row's or tensor's) scale after the GEMM, not before it.
 
         Marlin tells the two apart by the number of groups alone, so a row of exactly one group counts as channel-wise.
         """
-        return self.num_groups(k) == 1
+        return self.scale_rule == "nv/6" or (self.strategy != "block" and self.num_groups(k) == 1)
+
+    @property
+    def scales_accumulator(self) -> bool:
+        """Whether a scale that follows the GEMM multiplies its fp32 sums, not what they were rounded to."""
+        return self.format != "int4"
 
     def __str__(self) -> str:
-        grouping = f"g{self.group_size}" if self.group_size else "channel"
+        grouping = f"g{self.group_size}" if self.group_size else self.strategy
         dtypes = "/".join(dtype_name(dtype) for dtype in dict.fromkeys((self.scale_dtype, self.served_dtype)))
         return f"{self.format} {grouping} {self.scale_rule} {dtypes}"
 
 
+# (format, strategy, group size, dynamic) of the activations that engines quantize.
+_ACTIVATIONS: tuple[tuple[str, str, int | None, bool], ...] = (
+    ("int8", "token", None, True),
+    ("int8", "tensor", None, False),
+    ("fp8_e4m3", "token", None, True),
+    ("fp8_e4m3", "tensor", None, False),
+    ("fp8_e4m3", "group", 128, True),
+    ("fp8_e4m3", "group", 32, True),
+    ("fp4_e2m1", "group", 16, True),
+    ("fp4_e2m1", "group", 32, True),
+)
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How the input ``[..., K]`` of a layer is quantized at each call, in the arithmetic of `engine`'s own kernel.
+
+    Args:
+        format: ``"int8"``, ``"fp8_e4m3"`` or ``"fp4_e2m1"``.
+        strategy: what shares a scale: ``"token"`` (a row), ``"group"`` (`group_size` neighbours along K) or
+            ``"tensor"`` (all, a stored scale).
+        group_size: 128, or 32 (MX: scales are powers of two) or 16 (NVFP4: e4m3 scales below a stored one) with
+            ``strategy="group"``.
+        dynamic: whether the scale is computed from the input itself, or was measured before (`input_scale`).
+        power_of_two: round the scales of groups of 128 up to powers of two, as DeepGEMM does.
+        engine: ``"vllm"`` or ``"sglang"``: they differ at ties, in floors, and in the order of the scales.
+
+    Raises:
+        ValueError: a combination that no engine computes.
+    """
+
+    format: str = "int8"
+    strategy: str = "token"
+    group_size: int | None = None
+    dynamic: bool = True
+    power_of_two: bool = False
+    engine: str = "vllm"
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("vllm", "sglang"))
+        wanted = (self.format, self.strategy, self.group_size, self.dynamic)
+        _one_of("activations (format, strategy, group_size, dynamic)", wanted, _ACTIVATIONS)
+        if self.engine == "sglang" and (self.format, self.dynamic) == ("int8", False):
+            raise ValueError(
+                "static int8 inputs with engine='sglang': SGLang ignores the stored scale and quantizes by token. Choose "
+                "strategy='token', dynamic=True, or engine='vllm'."
+            )
+        if self.power_of_two and self.group_size != 128:
+            raise ValueError("power_of_two=True: only groups of 128 have scales that are rounded up so (DeepGEMM).")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return FORMATS[self.format].bits
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype that holds the codes."""
+        return FORMATS[self.format].codes
+
+    @property
+    def stores_scale(self) -> bool:
+        """Whether the layer needs a measured `input_scale`: a static range, or NVFP4's second scale."""
+        return not self.dynamic or self.group_size == 16
+
+    @property
+    def scale_name(self) -> str:
+        """The name under which that scale is stored, as in compressed-tensors."""
+        return "input_global_scale" if self.group_size == 16 else "input_scale"
+
+    def num_groups(self, k: int) -> int:
+        """Scales in a row of `k` inputs. ValueError if `k` does not divide."""
+        if self.group_size is None:
+            return 1
+        if k == 0 or k % self.group_size:
+            raise ValueError(f"{k} input features do not divide into activation groups of {self.group_size}.")
+        return k // self.group_size
+
+    def __str__(self) -> str:
+        grouping = f"g{self.group_size}" if self.group_size else self.strategy
+        power = " pow2" * self.power_of_two
+        return f"{self.format} {'dynamic' if self.dynamic else 'static'} {grouping}{power} {self.engine}"
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """How keys and values are stored in the engine's cache.
+
+    Args:
+        format: ``"fp8_e4m3"``, ``"fp8_e5m2"`` or ``"int8"``.
+        strategy: what shares a scale: ``"tensor"`` (a layer), ``"head"`` or ``"token"`` (a token of one head).
+        dynamic: whether scales are computed from the token itself or were measured before; by token always, else never.
+
+    Raises:
+        ValueError: a combination that no engine stores.
+    """
+
+    format: str = "fp8_e4m3"
+    strategy: str = "tensor"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, ("fp8_e4m3", "fp8_e5m2", "int8"))
+        _one_of("strategy", self.strategy, ("tensor", "head", "token"))
+        _one_of(f"dynamic with strategy={self.strategy!r}", self.dynamic, (self.strategy == "token",))
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype that holds the codes."""
+        return FORMATS[self.format].codes
+
+    def __str__(self) -> str:
+        return f"{self.format} {'dynamic' if self.dynamic else 'static'} {self.strategy}"
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer is quantized: today its weights; activations and KV cache get their own `TensorSpec` beside it."""
+    """How a layer computes: its weights, and its inputs if they are quantized too."""
 
     weights: TensorSpec = field(default_factory=TensorSpec)
+    activations: ActivationSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations is None:
+            if self.weights.format == "fp8_e4m3" and self.weights.strategy != "group":
+                raise ValueError(f"{self.weights} weights need activations: engines multiply them in 8 bits.")
+            return
+        pair = (_kind(self.weights), _kind(self.activations))
+        if pair not in _PAIRS:
+            takes = ", ".join(sorted({str(right) for left, right in _PAIRS if left == pair[0]})) or "none"
+            raise ValueError(
+                f"{self.weights} weights with {self.activations} inputs: no kernel multiplies them; these weights take "
+                f"{takes}."
+            )
+        if not self.weights.symmetric:
+            raise ValueError("asymmetric weights: kernels take them with unquantized inputs alone.")
+
+    @property
+    def engine(self) -> str:
+        """The engine whose arithmetic the forward follows."""
+        return self.activations.engine if self.activations else "vllm"
 
     @classmethod
-    def preset(cls, name: str, **weights: Any) -> Scheme:
-        """The scheme that compressed-tensors calls `name`, with fields of its weight spec replaced by `weights`.
+    def preset(cls, name: str, activations: Mapping[str, Any] | None = None, **weights: Any) -> Scheme:
+        """The scheme that compressed-tensors calls `name`, with fields of its specs replaced.
+
+        Args:
+            name: one of `PRESETS`.
+            activations: fields of the activations' spec, e.g. ``{"engine": "sglang"}``.
+            weights: fields of the weights' spec.
 
         >>> Scheme.preset("W4A16", group_size=32).weights.group_size
         32
 
         Raises:
-            ValueError: no such preset (the message lists the near ones), or one that this version does not train.
+            ValueError: no such preset (the message lists the near ones), one that this version does not train, or
+                fields that contradict each other.
         """
         scheme = PRESETS.get(name.upper())
         if scheme is None:
             raise ValueError(_unknown_preset(name))
-        return replace(scheme, weights=replace(scheme.weights, **weights))
+        if activations and scheme.activations is None:
+            raise ValueError(f"preset {name!r} leaves its inputs as they are: it has no activations to change.")
+        if {"format", "symmetric"} & weights.keys():
+            weights.setdefault("scale_rule", "")
+        inputs = (
+            replace(scheme.activations, **activations) if activations and scheme.activations else scheme.activations
+        )
+        return cls(replace(scheme.weights, **weights), inputs)
+
+    @property
+    def preset_name(self) -> str | None:
+        """The preset whose formats and groupings these are, whatever the engine and the dtypes, or None."""
+        return next((name for name, preset in PRESETS.items() if preset._layout() == self._layout()), None)
+
+    def _layout(self) -> tuple:
+        weights, inputs = self.weights, self.activations
+        grouping = (weights.format, weights.strategy, weights.group_size, weights.symmetric)
+        return (*grouping, inputs and (inputs.format, inputs.strategy, inputs.group_size, inputs.dynamic))
 
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
@@ -142,114 +368,42 @@ class Scheme:
             raise TypeError(f"a scheme is a preset's name or a Scheme, found {scheme!r}.")
         return scheme if isinstance(scheme, Scheme) else cls.preset(scheme)
 
-    def to_compressed_tensors(
-        self, targets: Sequence[str] = ("Linear",), ignore: Sequence[str] = (), format: str = "pack-quantized"
-    ) -> dict[str, Any]:
-        """The ``quantization_config`` of a ``config.json``, readable by ``compressed_tensors.QuantizationConfig``.
-
-        What compressed-tensors has no word for (the scale rule and the dtypes) stands under the key ``"lockstep"``.
-        """
-        weights = self.weights
-        return {
-            "quant_method": "compressed-tensors",
-            "format": format,
-            "quantization_status": "compressed",
-            "kv_cache_scheme": None,
-            "ignore": list(ignore),
-            "config_groups": {
-                "group_0": {
-                    "targets": list(targets),
-                    "format": format,
-                    "input_activations": None,
-                    "output_activations": None,
-                    "weights": {
-                        "num_bits": weights.bits,
-                        "type": "int",
-                        "symmetric": weights.symmetric,
-                        "strategy": weights.strategy,
-                        # -1 and not null: vLLM compares it with integers.
-                        "group_size": weights.group_size or -1,
-                        "dynamic": False,
-                        "actorder": None,
-                    },
-                }
-            },
-            "lockstep": self.provenance(),
-        }
-
-    def provenance(self) -> dict[str, str]:
-        """The fields that other people's formats have no word for, as JSON."""
-        return {
-            "scale_rule": self.weights.scale_rule,
-            "scale_dtype": dtype_name(self.weights.scale_dtype),
-            "served_dtype": dtype_name(self.weights.served_dtype),
-        }
-
-    @classmethod
-    def from_provenance(
-        cls, provenance: Mapping[str, str] | None, *, bits: int, symmetric: bool, group_size: int
-    ) -> Scheme:
-        """The scheme of a stored model: its ``"lockstep"`` entry, with the fields that its format itself names.
-
-        Without the entry somebody else wrote the checkpoint: compressed-tensors' rule and bf16 are assumed.
-        """
-        known = dict(provenance or {"scale_rule": "amax/7.5"})
-        return cls(
-            TensorSpec(
-                format=f"int{bits}",
-                strategy="group" if group_size > 0 else "channel",
-                group_size=group_size if group_size > 0 else None,
-                symmetric=symmetric,
-                scale_rule=known["scale_rule"],
-                scale_dtype=DTYPES[known.get("scale_dtype", "bfloat16")],
-                served_dtype=DTYPES[known.get("served_dtype", "bfloat16")],
-            )
-        )
-
-    @classmethod
-    def from_compressed_tensors(cls, config: Mapping[str, Any] | Any) -> Scheme:
-        """The scheme of a ``quantization_config``: a dict, or a ``compressed_tensors.QuantizationConfig``.
-
-        That class drops the key ``"lockstep"``, so a config of ours must be read as the dict that it is on disk.
-
-        Raises:
-            ValueError: several groups of layers, quantized activations, or weights of a kind not trained here.
-        """
-        if not isinstance(config, Mapping):
-            config = config.model_dump()
-        groups = list(config.get("config_groups", {}).values())
-        if len(groups) != 1:
-            raise ValueError(f"this version reads one group of layers, config_groups has {len(groups)}.")
-        (group,) = groups
-        if not isinstance(group, Mapping) or not group.get("weights"):
-            raise ValueError(
-                f"this version reads groups that spell out their weights, config_groups has {groups[0]!r}."
-            )
-        for part in ("input_activations", "output_activations"):
-            if group.get(part):
-                raise ValueError(f"this version trains no quantized activations, config_groups has {part}.")
-        if config.get("kv_cache_scheme"):
-            raise ValueError("this version trains no quantized KV cache, the config has kv_cache_scheme.")
-        weights = group["weights"]
-        if weights.get("dynamic") or weights.get("actorder") in (True, "group"):
-            raise ValueError(
-                "this version reads static weights in the model's own order, config_groups has "
-                f"dynamic={weights.get('dynamic')!r}, actorder={weights.get('actorder')!r}."
-            )
-        if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-            raise ValueError(
-                "this version reads integer weights by group or channel, config_groups has "
-                f"type={weights.get('type')!r}, strategy={weights.get('strategy')!r}."
-            )
-        return cls.from_provenance(
-            config.get("lockstep"),
-            bits=weights["num_bits"],
-            symmetric=weights.get("symmetric", True),
-            group_size=weights.get("group_size") or -1,
-        )
-
     def __str__(self) -> str:
-        return str(self.weights)
+        return str(self.weights) if self.activations is None else f"{self.weights}, inputs {self.activations}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe: the layers that `targets` match train and serve as `scheme`; None leaves them as they are.
+
+    >>> recipe = [Rule(["re:.*down_proj"], "W8A8"), Rule(["Linear"], "W4A16")]  # the first that matches wins
+    """
+
+    targets: Sequence[str]
+    scheme: Scheme | str | None
+
+
+# What a kernel can multiply: (weights, inputs) by format and grouping.
+_PAIRS = {
+    (("int8", "channel"), ("int8", "token")),
+    (("int8", "channel"), ("int8", "tensor")),
+    (("fp8_e4m3", "channel"), ("fp8_e4m3", "token")),
+    (("fp8_e4m3", "channel"), ("fp8_e4m3", "tensor")),
+    (("fp8_e4m3", "tensor"), ("fp8_e4m3", "token")),
+    (("fp8_e4m3", "tensor"), ("fp8_e4m3", "tensor")),
+    (("fp8_e4m3", "block"), ("fp8_e4m3", "g128")),
+    (("int4", "g32"), ("int8", "token")),
+    (("int4", "g64"), ("int8", "token")),
+    (("int4", "g128"), ("int8", "token")),
+    (("int4", "g128"), ("fp8_e4m3", "token")),
+    (("fp8_e4m3", "g32"), ("fp8_e4m3", "g32")),
+    (("fp4_e2m1", "g16"), ("fp4_e2m1", "g16")),
+    (("fp4_e2m1", "g32"), ("fp4_e2m1", "g32")),
+}
+
+
+def _kind(spec: TensorSpec | ActivationSpec) -> tuple[str, str]:
+    return spec.format, f"g{spec.group_size}" if spec.group_size else spec.strategy
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -272,4 +426,28 @@ def _unknown_preset(name: str) -> str:
     return f"no preset {name!r}: near ones are {', '.join(near) or 'none'}. {trained}"
 
 
-PRESETS = {"W4A16": Scheme()}
+_INT8_TOKEN, _FP8_TOKEN = ActivationSpec("int8", "token"), ActivationSpec("fp8_e4m3", "token")
+_FP32_SCALE: dict[str, Any] = {"scale_dtype": torch.float32}
+_MXFP4 = TensorSpec("fp4_e2m1", "group", 32, scale_dtype=torch.float8_e8m0fnu)
+_MXFP8 = TensorSpec("fp8_e4m3", "group", 32, scale_dtype=torch.float8_e8m0fnu)
+_NVFP4 = TensorSpec("fp4_e2m1", "group", 16, scale_dtype=torch.float8_e4m3fn)
+_INT8 = Scheme(TensorSpec("int8", "channel", **_FP32_SCALE), _INT8_TOKEN)
+
+PRESETS = {
+    "W4A16": Scheme(),
+    "W4A16_ASYM": Scheme(TensorSpec(symmetric=False)),
+    "W8A16": Scheme(TensorSpec("int8")),
+    "W8A8": _INT8,
+    "INT8": _INT8,
+    "W4A8": Scheme(TensorSpec(), _INT8_TOKEN),
+    "W4AFP8": Scheme(TensorSpec(), _FP8_TOKEN),
+    "FP8": Scheme(TensorSpec("fp8_e4m3", "tensor", **_FP32_SCALE), ActivationSpec("fp8_e4m3", "tensor", dynamic=False)),
+    "FP8_DYNAMIC": Scheme(TensorSpec("fp8_e4m3", "channel", **_FP32_SCALE), _FP8_TOKEN),
+    "FP8_BLOCK": Scheme(TensorSpec("fp8_e4m3", "block", **_FP32_SCALE), ActivationSpec("fp8_e4m3", "group", 128)),
+    "NVFP4A16": Scheme(_NVFP4),
+    "NVFP4": Scheme(_NVFP4, ActivationSpec("fp4_e2m1", "group", 16)),
+    "MXFP4A16": Scheme(_MXFP4),
+    "MXFP4": Scheme(_MXFP4, ActivationSpec("fp4_e2m1", "group", 32)),
+    "MXFP8A16": Scheme(_MXFP8),
+    "MXFP8": Scheme(_MXFP8, ActivationSpec("fp8_e4m3", "group", 32)),
+}

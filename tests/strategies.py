@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lockstep import TensorSpec
+from lockstep.scheme import RULES
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPINGS = [{"group_size": size} for size in (32, 64, 128)] + [{"strategy": "channel"}]
 Q4_0 = {"scale_rule": "max/-8", "group_size": 32, "scale_dtype": FP16}
+
+# Every rule in every grouping; integer scales in fp32, which an oracle need not round.
+EVERY_SPEC = [
+    TensorSpec(rule.format, strategy, size, rule.symmetric, name, rule.scale_dtypes[-1])
+    for name, rule in RULES.items()
+    for strategy, size in rule.groupings
+]
 
 dtypes = st.sampled_from(DTYPES)
 groupings = st.sampled_from(GROUPINGS)
@@ -47,6 +59,31 @@ def weights(draw, dtype=dtypes, lead=((), (3,)), rows=(1, 4), columns=(128, 384)
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns of a tensor: they tell -0 from 0, and a NaN is equal to itself."""
     return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def nearest(x: Fraction, dtype: torch.dtype) -> Fraction:
+    """`x` rounded to the nearest value of `dtype`, ties to even (overflow left aside)."""
+    info = torch.finfo(dtype)
+    binade = max(math.frexp(x)[1] - 1, math.frexp(info.smallest_normal)[1] - 1)
+    quantum = Fraction(2) ** binade * Fraction(info.eps)
+    return round(x / quantum) * quantum  # Python rounds fractions half to even
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E4M3 = np.array([m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:-1])
+
+
+def nearest_code(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The nearest of plus and minus `values` to each `x`, by exhaustive search; what is beyond them saturates.
+
+    `values` ascend from 0 and alternate between even and odd mantissas: a tie goes to the even one.
+    """
+    distance = np.abs(np.minimum(np.abs(np.asarray(x, np.float64)), values[-1])[..., None] - values)
+    nearest = distance.argmin(-1)
+    above = np.minimum(nearest + 1, len(values) - 1)
+    tie = np.take_along_axis(distance, nearest[..., None], -1) == np.take_along_axis(distance, above[..., None], -1)
+    even = np.where(tie[..., 0] & (nearest % 2 == 1), above, nearest)
+    return np.copysign(values[even], x)
 
 
 def finite_positive(dtype: torch.dtype) -> Tensor:

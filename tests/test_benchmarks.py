@@ -20,7 +20,7 @@ RUNS = {
     "reuse": (["--micro-batches", "2", *LAYER], ["ratio", "median_ms", "micro_batches"]),
     "kernel_bandwidth": (BANDWIDTH, ["terabytes_per_second", "of_copy"]),
     "growth": (["--sizes", "128", "256", "--fixed", "128", "--rounds", "2"], ["microseconds"]),
-    "kernel_agreement": (["--size", "128"], ["equal", "read_back"]),
+    "kernel_agreement": (["--shapes", "128x256"], ["equal"]),
     "whole_model": (["--modes", "eager", "--rounds", "2", *MODEL], ["tokens_per_second", "ratio"]),
 }
 
@@ -59,6 +59,22 @@ def test_script_writes_json_table_and_plot(script, tmp_path):
     assert (tmp_path / f"{script}_cpu.png").stat().st_size > 1000
     table = (tmp_path / f"{script}_cpu.md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in table) == len(content["rows"]) + 1
+
+
+def test_agreement_covers_weights_and_inputs(harness):
+    """The reference against itself: all of ours is equal, and not all of what others compute."""
+    import kernel_agreement
+
+    options = argparse.Namespace(device=torch.device("cpu"), rows=[16], seeds=1)
+    schemes = kernel_agreement.SCHEMES["reference"]
+    rows = [row for one in schemes for row in kernel_agreement.measure("reference", one, (128, 256), options)]
+    ours, others = ([row for row in rows if (row["path"] == "lockstep") == mine] for mine in (True, False))
+    assert all(row["equal"] == 1 for row in ours)
+    assert min(row["equal"] for row in others) < 0.7
+    for row in rows:
+        inputs = ", inputs " in row["spec"]
+        assert (row["read_back"], row["equal_codes"]) == ((None, 1) if inputs else (1, None)), row
+    assert {row["spec"].split()[0] for row in ours} == {"int4", "int8", "fp8_e4m3", "fp4_e2m1"}
 
 
 def test_all_scripts_are_run_by_one_command(monkeypatch):

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lockstep import Scheme, grid
-from lockstep.export import Checkpoint, CheckpointError, formats, save_pretrained
-from lockstep.export.checkpoint import bitwise_equal
+from lockstep.export import Checkpoint, CheckpointError, compressed_tensors, formats, save_pretrained
+from lockstep.export.checkpoint import bitwise_equal, same_bits
+from lockstep.export.groups import Group
 from lockstep.qat.prepare import quantized_modules
 
-every_format = pytest.mark.parametrize("format", formats.FORMATS)
+every_format = pytest.mark.parametrize("format", formats.PACKED)  # the others: test_formats.py
 
 
 def export(directory: Path, format: str = "pack-quantized", scheme: Scheme = grouped(32), **options: Any) -> Path:  # noqa: B008
@@ -53,7 +54,9 @@ def test_every_tensor_is_read_as_it_was_stored(tmp_path, format, options):
     assert (checkpoint.format, checkpoint.scheme, checkpoint.directory) == (format, grouped(32), out)
     assert set(checkpoint.tensors) == set(stored)
     assert all(bitwise_equal(checkpoint.tensor(name), tensor) for name, tensor in stored.items())
-    packed = {f"{layer}.{suffix}" for layer in checkpoint.layers for suffix in formats.find(format).TENSORS}
+    packed = {
+        f"{layer}.{suffix}" for layer in checkpoint.layers for suffix in formats.find(format).tensors(grouped().weights)
+    }
     assert set(checkpoint.plain_tensors()) == set(stored) - packed
 
 
@@ -90,8 +93,7 @@ def test_checkpoint_of_llm_compressor_is_read(tmp_path, scheme):
     assert (spec.strategy, spec.group_size) == (scheme.weights.strategy, scheme.weights.group_size)
     assert set(checkpoint.layers) == set(layers)
     for name, weight in layers.items():
-        for found, expected in zip(checkpoint.layer(name), grid.quantize(weight, spec), strict=True):
-            assert bitwise_equal(found, expected), name
+        assert same_bits(checkpoint.layer(name), grid.quantize(weight, spec)), name
 
 
 @pytest.mark.parametrize("format", ["gptq", "marlin"])
@@ -101,7 +103,7 @@ def test_checkpoint_without_our_entry_is_read(tmp_path, format):
     edit_quantization(out, lambda config: config.pop("lockstep"))
     assert Checkpoint(out).scheme == grouped(32, scale_rule="amax/7.5")
     for name, quantized in before.items():
-        assert all(map(bitwise_equal, quantized, Checkpoint(out).layer(name)))
+        assert same_bits(quantized, Checkpoint(out).layer(name))
 
 
 # Files -------------------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_damaged_header_is_an_error_or_changes_nothing_but_names(tmp_path, forma
         try:
             checkpoint = Checkpoint(out)
             for name in set(checkpoint.layers) & set(before):
-                assert all(map(bitwise_equal, checkpoint.layer(name), before[name]))
+                assert same_bits(checkpoint.layer(name), before[name])
         except CheckpointError:
             pass
 
@@ -210,32 +212,49 @@ def update(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 CONFIGS = {
     "none": ("pack-quantized", lambda config: config.clear(), "has no quantization_config: not a quantized checkpoint"),
-    "awq": ("gptq", update(quant_method="awq"), "quant_method='awq', format='gptq': this version reads pack-quantized"),
-    "fp8": (
+    "awq": ("gptq", update(quant_method="awq"), "quant_method='awq', format=None: this version reads pack-quantized"),
+    "naive": (
         "pack-quantized",
-        update(format="float-quantized"),
-        "quant_method='compressed-tensors', format='float-quantized'",
+        update(format="naive-quantized"),
+        "quant_method='compressed-tensors', format='naive-quantized'",
     ),
+    "method of a format": ("pack-quantized", update(quant_method="gptq"), "quantization_config: 'sym'"),
     "no method": ("pack-quantized", lambda config: config.pop("quant_method"), "quant_method=None"),
-    "gptq v2": ("gptq", update(checkpoint_format="gptq_v2"), "quant_method='gptq', format='gptq_v2'"),
+    "gptq v2": ("gptq", update(checkpoint_format="gptq_v2"), "checkpoint_format='gptq_v2': this version reads 'gptq'"),
     "act order": ("gptq", update(desc_act=True), "desc_act=true: the inputs are in another order"),
-    "gptq bits": ("gptq", update(bits=8), "format='int8': this version takes 'int4'"),
-    "gptq asymmetric": ("gptq", update(sym=False), "symmetric=False: this version takes True"),
-    "gptq group": ("gptq", update(group_size=48), "group_size=48: this version takes 32, 64, 128"),
+    "gptq bits": ("gptq", update(bits=8), "scale_rule of int8 symmetric='amax/7'"),
+    "gptq asymmetric": ("gptq", update(sym=False), "scale_rule of int4 asymmetric='amax/7'"),
+    "gptq group": ("gptq", update(group_size=48), r"=\('group', 48\): this version takes \('group', 32\)"),
     "gptq no bits": ("gptq", lambda config: config.pop("bits"), "quantization_config: 'bits'"),
     "marlin bits": ("marlin", update(bits=3), "format='int3': this version takes 'int4'"),
-    "bits": ("pack-quantized", lambda config: weights(config).update(num_bits=8), "format='int8'"),
-    "asymmetric": ("pack-quantized", lambda config: weights(config).update(symmetric=False), "symmetric=False"),
+    "bits": (
+        "pack-quantized",
+        lambda config: weights(config).update(num_bits=8),
+        "scale_rule of int8 symmetric='amax/7'",
+    ),
+    "asymmetric": (
+        "pack-quantized",
+        lambda config: weights(config).update(symmetric=False),
+        "of int4 asymmetric='amax/7'",
+    ),
     "no groups": ("pack-quantized", lambda config: config.pop("config_groups"), "config_groups has 0"),
     "rule": (
         "pack-quantized",
         lambda config: config["lockstep"].update(scale_rule="amax/9"),
-        "scale_rule='amax/9': this version takes 'amax/7'",
+        "scale_rule of int4 symmetric='amax/9': this version takes 'amax/7'",
     ),
     "dtype": ("marlin", lambda config: config["lockstep"].update(scale_dtype="float8"), "'float8'"),
+    "rounded": (
+        "gptq",
+        lambda config: config["lockstep"].update(scale_dtype="float32"),
+        "the engine holds scales in the served dtype bfloat16 and would round the float32 ones",
+    ),
     "other format": (
         "gptq",
-        lambda config: (config.clear(), config.update(grouped(32).to_compressed_tensors())),
+        lambda config: (
+            config.clear(),
+            config.update(compressed_tensors.config([Group("pack-quantized", grouped(32), ())], [])),
+        ),
         r"declares pack-quantized, but no tensor is called \*\.weight_packed",
     ),
 }
@@ -384,7 +403,10 @@ DECLARATIONS = {
         lambda config: weights(config).update(strategy="channel", group_size=-1),
         r"declares one scale a channel \(scales \[256, 1\]\), stored are \[256, 4\], groups of 32",
     ),
-    "fp16": (lambda config: config["lockstep"].update(scale_dtype="float16"), "in bfloat16, the config declares float"),
+    "fp16": (
+        lambda config: config["lockstep"].update(scale_dtype="float16", served_dtype="float16"),
+        "in bfloat16, the config declares float16",
+    ),
 }
 
 
@@ -425,7 +447,7 @@ def test_reading_loads_only_what_is_asked_for(tmp_path):
     checkpoint = Checkpoint(out)
     assert checkpoint.layers == ("second",)
     second = dict(quantized_modules(model))["second"]
-    assert all(map(bitwise_equal, checkpoint.layer("second"), grid.quantize(second.weight, grouped().weights)))
+    assert same_bits(checkpoint.layer("second"), grid.quantize(second.weight, grouped().weights))
 
 
 # bitwise_equal -----------------------------------------------------------------------------------------------------

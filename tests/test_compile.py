@@ -12,7 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import lockstep
-from lockstep import Scheme, grid
+from lockstep import Scheme, activations, grid
+from lockstep.scheme import PRESETS
 
 SCHEMES = {"grouped": grouped(32), "channel": channel()}
 
@@ -133,3 +134,77 @@ def test_a_layer_and_its_epilogue_compile_to_the_same_bits(scheme):
         y.float().square().sum().backward()
         results.append([y.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     assert all(map(torch.equal, *results))
+
+
+# Every preset --------------------------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """Two layers that engines run as one, and one after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(128, 256), nn.Linear(128, 256)
+        self.down_proj = nn.Linear(256, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x).relu() * self.up_proj(x))
+
+
+def fused(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = prepared(Fused().to(dtype), name)
+    for module in model.children():
+        inputs = module.scheme.activations
+        if inputs is not None and inputs.stores_scale:
+            getattr(module, inputs.scale_name).copy_(activations.static_scale(torch.tensor(3.0), inputs))
+    return model
+
+
+def trained(model: nn.Module, call, autocast: bool) -> dict[str, Tensor]:
+    model.zero_grad()
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(model.down_proj.weight.dtype)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = call(x)
+    y.float().square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {"y": y.detach(), "x": x.grad} | gradients
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "INT8"])
+def test_every_preset_is_one_graph_with_the_bits_of_the_eager_one(name, precision):
+    """Also under autocast, whose casts a compiler sees and an opaque operator must not."""
+    model = fused(name, torch.bfloat16 if precision == "bf16" else torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = trained(model, model, precision == "autocast")
+    for key, value in trained(model, compiled, precision == "autocast").items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("name", ["W8A8", "NVFP4"])
+def test_inductor_computes_the_same_bits(name):
+    """One layer: inductor adds the bf16 gradients of several in an order of its own."""
+    layer = fused(name, torch.bfloat16).gate_proj
+    x, grad = torch.randn(5, 128).bfloat16(), torch.randn(5, 256).bfloat16()
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        y.backward(grad)
+        results.append([y.detach(), leaf.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_quantized_inputs_keep_codes_between_the_compiled_passes(name):
+    """A partitioner that kept the bf16 input to quantize it again would undo what the codes save."""
+    model, kept = fused(name, torch.bfloat16), []
+    compiled = torch.compile(model.down_proj, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 256).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        compiled(x)
+    assert [one for one in kept if one.dtype == model.down_proj.scheme.activations.code_dtype]
+    assert not [one for one in kept if one.shape == x.shape and one.element_size() > 1]

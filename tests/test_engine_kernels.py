@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import _scoped_library
 
-from lockstep import TensorSpec, grid
+from lockstep import Scheme, TensorSpec, activations, grid, kernels
 from lockstep.kernels import engines, reference, sgl, vllm
 from lockstep.kernels.engines import Engine, EngineUnavailable
 from lockstep.layouts import marlin as layout
 from lockstep.layouts import words
+from lockstep.scheme import ActivationSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -45,6 +46,10 @@ GROUPINGS = pytest.mark.parametrize("group_size", [128, 64, 32, None], ids=["g12
 
 def randn(*shape: int, dtype: torch.dtype = FP32, seed: int = 0, device: torch.device = CPU) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def reference_linear(x: Tensor, quantized: grid.Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
+    return reference.linear(x, quantized, Scheme(spec), bias)
 
 
 # Operators with the engines' schemas ---------------------------------------------------------------------------------
@@ -78,29 +83,76 @@ SGL_GEMM = (
 )
 
 
+CUTLASS_MM = "(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()"
+INT8_TOKEN = "(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()"
+INT8_STATIC = "(Tensor! result, Tensor input, Tensor scale, Tensor? azp) -> ()"
+FP8_TOKEN = "(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()"
+FP8_STATIC = "(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()"
+FP8_GROUP = (
+    "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, "
+    "bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()"
+)
+
+
 def multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """Marlin's product from its own words and scales, in the order that it has by the number of groups."""
+    return scaled(x, *unpacked(packed, scales, None, UINT4B8), UINT4B8)
+
+
+def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None, type_id: int) -> tuple[Tensor, Tensor]:
+    """Codes ``[N, K]`` and scales ``[N, G]`` in fp32, as the kernel decodes them."""
     assert packed.is_contiguous()
     assert scales.is_contiguous()
+    bits = 8 if type_id in (UINT8B128, E4M3) else 4
+    fields = layout.unpack_weight(packed, bits).int() + (1 << (bits - 1))
+    if type_id == E4M3:
+        codes = fields.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    elif type_id == E2M1:
+        codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[fields & 7] * (1 - 2 * (fields >> 3))
+    else:
+        codes = (fields - {UINT4B8: 8, UINT8B128: 128, UINT4: 0}[type_id]).float()
+    if scales.dtype.itemsize == 1:
+        in_order = scales.view(torch.uint8).unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].flatten(-2)
+        raw = layout.unpack_scales(in_order)
+        if scales.dtype == torch.float8_e8m0fnu:
+            return codes, raw.view(torch.float8_e8m0fnu).float()
+        return codes, (raw.to(torch.int16) << 8 >> 1 & 0x7FFF).view(FP16).float()  # exponents of five bits, no sign
+    scale = layout.unpack_scales(scales).float()
+    if zeros is not None:
+        codes = codes - unpacked_zero_points(zeros, len(codes)).repeat_interleave(codes.shape[1] // len(zeros), 1)
+    return codes, scale
+
+
+def unpacked_zero_points(packed: Tensor, n: int) -> Tensor:
+    """Zero points ``[N, G]`` in [0, 15], index by index: word 8 t + r holds column 64 t + r + 8 i, evens first."""
+    zero_point = torch.empty(n, len(packed), dtype=torch.int32)
+    for word in range(n // 8):
+        for field, i in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            zero_point[64 * (word // 8) + word % 8 + 8 * i] = packed[:, word] >> (4 * field) & 0xF
+    return zero_point
+
+
+def scaled(x: Tensor, codes: Tensor, scale: Tensor, type_id: int) -> Tensor:
+    """The kernel's product: 4-bit codes of one group are scaled after its rounding, 8-bit ones before."""
     assert x.is_contiguous()
-    assert scales.dtype == x.dtype
-    codes, scale = layout.unpack_weight(packed).to(x.dtype), layout.unpack_scales(scales)
-    if scale.shape[1] == 1:
-        return F.linear(x, codes) * scale.T
-    return F.linear(x, codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1))
+    if scale.shape[1] > 1:
+        return F.linear(x, (codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)).to(x.dtype))
+    if type_id == UINT8B128:
+        return (F.linear(x.float(), codes) * scale.T).to(x.dtype)
+    return F.linear(x, codes.to(x.dtype)) * scale.T.to(x.dtype)
 
 
 def repack(b_q_weight, perm, size_k, size_n, num_bits, is_a_8bit=False) -> Tensor:
     assert b_q_weight.is_contiguous()
-    assert b_q_weight.shape == (size_k // 8, size_n)
+    assert b_q_weight.shape == (size_k * num_bits // 32, size_n)
     assert perm.dtype == torch.int32
     assert not perm.numel()
-    assert (num_bits, is_a_8bit) == (4, False)
-    return layout.pack_weight(words.unpack(b_q_weight.T, 4))
+    assert not is_a_8bit
+    return layout.pack_weight(words.unpack(b_q_weight.T, num_bits), num_bits)
 
 
-def check_flags(type_id, workspace, size, fp32_reduce, atomic_add, k_full, zp_float) -> None:
-    assert type_id == UINT4B8
+def check_flags(type_ids, type_id, workspace, size, fp32_reduce, atomic_add, k_full, zp_float) -> None:
+    assert type_id in type_ids
     assert workspace.dtype == torch.int32
     assert workspace.shape == (size,)
     assert not workspace.any()
@@ -112,32 +164,43 @@ def check_flags(type_id, workspace, size, fp32_reduce, atomic_add, k_full, zp_fl
 
 # exponent 0, mantissa 4, signed 0, bias 8, finite values only 0, NaN as in IEEE 754 (1): 8, 8, 1, 32, 1 and 8 bits.
 UINT4B8 = 0 | 4 << 8 | 0 << 16 | 8 << 17 | 0 << 49 | 1 << 50
+# As `vllm.scalar_type` prints them.
+UINT8B128, UINT4, E2M1, E4M3 = 1125899923621888, 1125899906843648, 562949953487106, 2814749767172868
 
 
 def gemm(
     a, c, b_q_weight, bias, b_scales, a_scales, global_scale, zeros, g_idx, perm, workspace, type_id, m, n, k, *flags
 ):
     k_full, atomic_add, fp32_reduce, zp_float = flags
-    check_flags(type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
-    assert (c, a_scales, global_scale, zeros, g_idx, perm) == (None,) * 6
+    types = (UINT4B8, UINT8B128, UINT4, E2M1, E4M3)
+    check_flags(types, type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
+    assert (c, a_scales, g_idx, perm) == (None,) * 4
+    assert (zeros is not None) == (type_id == UINT4)
+    assert (global_scale is not None) == (b_scales.dtype == torch.float8_e4m3fn)
+    assert b_scales.dtype == (a.dtype if type_id not in (E2M1, E4M3) else b_scales.dtype)
     assert a.shape == (m, k)
     assert m
-    y = multiply(a, b_q_weight, b_scales)
+    codes, scale = unpacked(b_q_weight, b_scales, zeros, type_id)
+    if global_scale is None:
+        y = scaled(a, codes, scale, type_id)
+    else:
+        assert global_scale.dtype == FP32
+        weight = codes * scale.repeat_interleave(16, dim=1)
+        undone = global_scale * 2.0 ** (-126 if a.dtype == BF16 else -14)  # to which the kernel widens codes
+        y = (F.linear(a.float(), weight) * undone).to(a.dtype)
     assert y.shape == (m, n)
     if bias is None:
         return y
     bias = layout.unpack_scales(bias.unsqueeze(0)).squeeze(-1)
-    if len(b_scales) > 1:
+    if len(b_scales) > 1 or type_id == UINT8B128:
         return y + bias
-    unscaled = multiply(a, b_q_weight, torch.ones_like(b_scales))
-    return torch.addcmul(bias.double(), unscaled.double(), layout.unpack_scales(b_scales).squeeze(-1).double()).to(
-        a.dtype
-    )
+    unscaled = scaled(a, codes, torch.ones_like(scale), type_id)
+    return torch.addcmul(bias.double(), unscaled.double(), scale.squeeze(-1).double()).to(a.dtype)
 
 
 def sgl_gemm(a, c, b_q_weight, b_scales, global_scale, zeros, g_idx, perm, workspace, type_id, m, n, k, *flags):
     k_full, atomic_add, fp32_reduce, zp_float = flags
-    check_flags(type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
+    check_flags((UINT4B8,), type_id, workspace, 3, fp32_reduce, atomic_add, k_full, zp_float)
     assert (c, global_scale, zeros, g_idx, perm) == (None,) * 5
     assert a.shape == (m, k)
     assert m
@@ -147,7 +210,7 @@ def sgl_gemm(a, c, b_q_weight, b_scales, global_scale, zeros, g_idx, perm, works
 def moe_gemm(a, c, b_q_weight, bias, b_scales, a_scales, global_scale, zeros, g_idx, perm, workspace, slots, *rest):
     owners, padded, topk_weights, block, top_k, weigh, type_id, m, n, _ = rest[:10]
     k_full, atomic_add, fp32_reduce, zp_float = rest[10:14]
-    check_flags(type_id, workspace, 12, fp32_reduce, atomic_add, k_full, zp_float)
+    check_flags((UINT4B8,), type_id, workspace, 12, fp32_reduce, atomic_add, k_full, zp_float)
     assert (c, bias, a_scales, global_scale, zeros, g_idx, perm) == (None,) * 7
     assert (top_k, weigh) == (1, False)
     assert {slots.dtype, owners.dtype, padded.dtype} == {torch.int32}
@@ -165,20 +228,95 @@ def moe_gemm(a, c, b_q_weight, bias, b_scales, a_scales, global_scale, zeros, g_
 
 def prepack(b, a_type, b_type, group_scales_type) -> Tensor:
     assert b.stride(0) == 1
-    assert b_type == UINT4B8
+    assert b_type in (UINT4B8, UINT8B128)
     assert a_type == group_scales_type
     return b
 
 
 def mm(a, b, b_type, out_type, group_scales, group_zeros, group_size, *rest) -> Tensor:
-    assert b_type == UINT4B8
     assert (out_type, group_zeros, *rest) == (None,) * 5
     assert group_scales.is_contiguous()
     scale = group_scales.T.repeat_interleave(group_size, dim=1)
-    return F.linear(a, words.unpack(b.T, 4).to(a.dtype) * scale)
+    return F.linear(a, words.unpack(b.T, {UINT4B8: 4, UINT8B128: 8}[b_type]).to(a.dtype) * scale)
+
+
+def quantize_int8_tokens(result, input, scale, azp) -> None:
+    assert azp is None
+    check_rows(result, input, scale, torch.int8, (*input.shape[:1], 1))
+    amax = input.float().abs().amax(1, keepdim=True)
+    scale.copy_(amax / 127)
+    result.copy_((input.float() * (torch.full_like(amax, 127) / amax)).nan_to_num().round())
+
+
+def quantize_int8_static(result, input, scale, azp) -> None:
+    assert azp is None
+    check_rows(result, input, scale, torch.int8, (1,))
+    result.copy_((input.float() / scale).round().clamp(-128, 127))
+
+
+def quantize_fp8_tokens(result, input, scale, scale_ub) -> None:
+    assert scale_ub is None
+    check_rows(result, input, scale, torch.float8_e4m3fn, (*input.shape[:1], 1))
+    scale.copy_((input.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512)))
+    result.copy_((input.float() / scale).clamp(-448, 448))
+
+
+def quantize_fp8_static(result, input, scale, group_shape) -> None:
+    assert tuple(group_shape) == (-1, -1)
+    check_rows(result, input, scale, torch.float8_e4m3fn, (1,))
+    result.copy_((input.float() * (torch.ones_like(scale) / scale)).clamp(-448, 448))
+
+
+def quantize_fp8_groups(input, q, s, group_size, eps, low, high, ue8m0, transposed, aligned) -> None:
+    check_rows(q, input, s, torch.float8_e4m3fn, (len(input), input.shape[1] // 128))
+    assert (group_size, eps, low, high) == (128, 1e-10, -448, 448)
+    assert s.stride() == (1, len(input))
+    groups = input.float().unflatten(1, (-1, 128))
+    scale = groups.abs().amax(-1).clamp(min=eps) / 448
+    s.copy_(scale.clamp(min=1e-10).log2().ceil().exp2() if ue8m0 else scale)
+    q.copy_((groups / s.unsqueeze(-1)).clamp(low, high).flatten(1))
+
+
+def check_rows(result, input, scale, dtype, scale_shape) -> None:
+    assert input.is_contiguous()
+    assert result.is_contiguous()
+    assert (result.dtype, scale.dtype) == (dtype, FP32)
+    assert result.shape == input.shape
+    assert scale.shape == scale_shape
+
+
+def scaled_mm(out, a, b, a_scales, b_scales, bias) -> None:
+    """Sums in float64; the epilogue of INT8 as on a GPU, that of FP8 in one rounding."""
+    (m, k), n = a.shape, b.shape[1]
+    assert a.is_contiguous()
+    assert b.stride() == (1, k)
+    assert a.dtype == b.dtype
+    assert {a_scales.dtype, b_scales.dtype} == {FP32}
+    x, w = a.double(), b.double()
+    if a_scales.numel() not in (1, m):
+        assert bias is None
+        assert m % 4 == 0
+        assert a_scales.shape == (m, k // 128)
+        assert a_scales.stride(0) == 1
+        assert b_scales.shape == (-(-k // 128), -(-n // 128))
+        assert b_scales.T.is_contiguous()
+        spread = b_scales.double().repeat_interleave(128, 0)[:k].repeat_interleave(128, 1)[:, :n]
+        out.copy_((x * a_scales.double().repeat_interleave(128, 1)) @ (w * spread))
+        return
+    assert a_scales.is_contiguous()
+    assert b_scales.is_contiguous()
+    assert b_scales.numel() in (1, n)
+    partly = (x @ w).float() * b_scales.reshape(1, -1)
+    out.copy_((partly.double() * a_scales.reshape(-1, 1).double() + (0 if bias is None else bias.double())).float())
 
 
 OPERATORS: dict[str, tuple[str, Callable]] = {
+    "_C::cutlass_scaled_mm": (CUTLASS_MM, scaled_mm),
+    "_C::dynamic_scaled_int8_quant": (INT8_TOKEN, quantize_int8_tokens),
+    "_C::static_scaled_int8_quant": (INT8_STATIC, quantize_int8_static),
+    "_C::dynamic_per_token_scaled_fp8_quant": (FP8_TOKEN, quantize_fp8_tokens),
+    "_C::static_scaled_fp8_quant": (FP8_STATIC, quantize_fp8_static),
+    "_C::per_token_group_fp8_quant": (FP8_GROUP, quantize_fp8_groups),
     "_C::gptq_marlin_repack": (REPACK, repack),
     "_C::marlin_gemm": (GEMM, gemm),
     "_C::machete_prepack_B": (PREPACK, prepack),
@@ -253,9 +391,76 @@ def test_kernel_is_given_what_it_needs_to_compute_the_reference(name, group_size
     y = LINEARS[name](x, quantized, spec, bias)
     assert y.dtype == dtype
     if has_bias and name != "vllm-marlin":  # which multiplies with a single scale and adds the bias in one rounding
-        assert torch.equal(y, reference.linear(x, quantized, spec) + bias)
+        assert torch.equal(y, reference_linear(x, quantized, spec) + bias)
     else:
-        assert torch.equal(y, reference.linear(x, quantized, spec, bias))
+        assert torch.equal(y, reference_linear(x, quantized, spec, bias))
+
+
+def weight_only(name: str, dtype: torch.dtype, **fields) -> TensorSpec:
+    spec = Scheme.preset(name, served_dtype=dtype, **fields).weights
+    return replace(spec, scale_dtype=dtype) if spec.format in ("int4", "int8") else spec
+
+
+CHANNELS = {"strategy": "channel"}
+# What Marlin computes beside symmetric INT4.
+WEIGHT_ONLY = pytest.mark.parametrize(
+    "spec",
+    [
+        *(weight_only(name, dtype) for name in ("W8A16", "W4A16_ASYM", "NVFP4A16") for dtype in (BF16, FP16)),
+        *(weight_only(name, BF16, group_size=32) for name in ("W8A16", "W4A16_ASYM")),
+        *(weight_only(name, dtype, **CHANNELS) for name in ("W8A16", "W4A16_ASYM") for dtype in (BF16, FP16)),
+        *(weight_only(name, BF16) for name in ("MXFP4A16", "MXFP8A16")),
+    ],
+    ids=lambda spec: f"{spec} {'' if spec.symmetric else 'zero points'}",
+)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@WEIGHT_ONLY
+@pytest.mark.usefixtures("operators")
+def test_marlin_is_given_codes_scales_and_zero_points_of_every_format(spec, has_bias):
+    assert vllm.marlin_unavailable(spec, CUDA) is None
+    weight = randn(128, 256) * torch.logspace(-3, 0, 256)  # scales of many magnitudes
+    weight[0], weight[1, :32] = 0, 0
+    quantized, x = grid.quantize(weight, spec), randn(2, 3, 256, dtype=spec.served_dtype, seed=1)
+    bias = randn(128, dtype=spec.served_dtype, seed=2) if has_bias else None
+    y = vllm.marlin(x, quantized, spec, bias)
+    assert y.isfinite().all()
+    assert torch.equal(y, reference_linear(x, quantized, spec, bias))
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@DTYPES
+@pytest.mark.usefixtures("operators")
+def test_machete_computes_int8_groups(dtype, has_bias):
+    """What vLLM takes for them on Hopper."""
+    spec = weight_only("W8A16", dtype)
+    assert vllm.machete_unavailable(spec, CUDA) is None
+    quantized, x = grid.quantize(randn(128, 256), spec), randn(3, 256, dtype=dtype, seed=1)
+    bias = randn(128, dtype=dtype, seed=2) if has_bias else None
+    assert torch.equal(vllm.machete(x, quantized, spec, bias), reference_linear(x, quantized, spec, bias))
+
+
+@DTYPES
+@pytest.mark.usefixtures("operators")
+def test_nvfp4_scales_below_a_larger_range_are_raised_and_the_sums_lowered(dtype):
+    """With the range of the layers that it is fused with even the largest scale of a layer is small."""
+    spec = weight_only("NVFP4A16", dtype)
+    quantized = grid.quantize(randn(128, 256) * 1e-3, spec, torch.full((1, 1), 8.0))
+    assert 2**-6 < quantized.scale.float().max() < 1
+    x = randn(5, 256, dtype=dtype, seed=1)
+    assert torch.equal(vllm.marlin(x, quantized, spec), reference_linear(x, quantized, spec))
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (192, 3), (2, 128, 4)], ids=str)
+def test_zero_points_are_where_the_kernel_reads_them(shape):
+    zero_point = torch.randint(-8, 8, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = layout.pack_zero_points(zero_point)
+    assert packed.shape == (*shape[:-2], shape[-1], shape[-2] // 8)
+    for words_of_one, one in zip(packed.view(-1, *packed.shape[-2:]), zero_point.view(-1, *shape[-2:]), strict=True):
+        assert torch.equal(unpacked_zero_points(words_of_one, shape[-2]), one.int() + 8)
+    with pytest.raises(ValueError, match="N=96"):
+        layout.pack_zero_points(zero_point.new_zeros(96, 2))
 
 
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (128, 64), (192, 384)])
@@ -264,7 +469,7 @@ def test_shapes_that_marlin_takes(n, k):
     spec = spec_of(32)
     quantized, x = grid.quantize(randn(n, k), spec), randn(7, k, dtype=BF16)
     for linear in (vllm.marlin, sgl.marlin):
-        assert torch.equal(linear(x, quantized, spec), reference.linear(x, quantized, spec))
+        assert torch.equal(linear(x, quantized, spec), reference_linear(x, quantized, spec))
 
 
 @pytest.mark.usefixtures("operators")
@@ -302,6 +507,165 @@ def test_input_or_bias_of_another_dtype_is_an_error_that_says_what_to_do(name):
         LINEARS[name](randn(2, 256, dtype=BF16), quantized, GROUPED, randn(128, dtype=FP16))
 
 
+# Quantized inputs, on the CPU -----------------------------------------------------------------------------------------
+
+FP8_TOKEN_SPEC = ActivationSpec("fp8_e4m3", "token")
+SCHEMES = {
+    "W8A8": Scheme.preset("W8A8"),
+    "W8A8 static": Scheme.preset("W8A8", {"strategy": "tensor", "dynamic": False}),
+    "W8A8 fp16": Scheme.preset("W8A8", served_dtype=FP16),
+    "FP8": Scheme.preset("FP8"),
+    "FP8 tensor x token": replace(Scheme.preset("FP8"), activations=FP8_TOKEN_SPEC),
+    "FP8_DYNAMIC": Scheme.preset("FP8_DYNAMIC"),
+    "FP8_DYNAMIC fp16": Scheme.preset("FP8_DYNAMIC", served_dtype=FP16),
+    "FP8 static": replace(Scheme.preset("FP8_DYNAMIC"), activations=Scheme.preset("FP8").activations),
+    "FP8_BLOCK": Scheme.preset("FP8_BLOCK"),
+    "FP8_BLOCK pow2": Scheme.preset("FP8_BLOCK", {"power_of_two": True}, scale_rule="pow2/448"),
+}
+QUANTIZED_INPUTS = pytest.mark.parametrize("name", SCHEMES)
+
+
+def measured(x: Tensor, scheme: Scheme) -> Tensor | None:
+    """The stored scale of static inputs: some of `x` is clipped."""
+    assert scheme.activations is not None
+    if not scheme.activations.stores_scale:
+        return None
+    return activations.static_scale(x.float().abs().amax() * 0.8, scheme.activations)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(256,), (5, 256), (2, 3, 256)], ids=str)
+@QUANTIZED_INPUTS
+@pytest.mark.usefixtures("operators")
+def test_cutlass_is_given_what_it_needs_to_compute_the_reference(name, shape, has_bias):
+    scheme = SCHEMES[name]
+    dtype = scheme.weights.served_dtype
+    kernel = kernels.find("linear", "vllm-cutlass", scheme, CUDA)
+    quantized, x = grid.quantize(randn(144, 256), scheme.weights), randn(*shape, dtype=dtype, seed=1)
+    stored = measured(randn(8, 256), scheme)
+    bias = randn(144, dtype=dtype, seed=2) if has_bias else None
+    y = kernel.run(x, quantized, scheme, bias, stored)
+    expected = reference.linear(x, quantized, scheme, bias, stored)
+    assert (y.dtype, y.shape) == (dtype, expected.shape)
+    if name.startswith("W8A8"):
+        assert torch.equal(y, expected)
+    else:  # the order of fp32 additions is the backend's
+        torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
+        assert shares(y, expected) > 0.95
+
+
+@QUANTIZED_INPUTS
+@pytest.mark.usefixtures("operators")
+def test_no_rows_of_quantized_inputs(name):
+    scheme = SCHEMES[name]
+    quantized, bias = grid.quantize(randn(144, 256), scheme.weights), randn(144, dtype=scheme.weights.served_dtype)
+    y = vllm.cutlass(randn(2, 0, 256).to(bias.dtype), quantized, scheme, bias, torch.ones(1))
+    assert (y.shape, y.dtype) == ((2, 0, 144), bias.dtype)
+
+
+@QUANTIZED_INPUTS
+@pytest.mark.usefixtures("operators")
+def test_inputs_are_quantized_as_in_training(name):
+    """Every code and scale, also of rows of zeros and of rows with one large number."""
+    scheme = SCHEMES[name]
+    assert scheme.activations is not None
+    x = randn(8, 384, dtype=BF16) * torch.tensor([0, 1, 1e-8, 1e4, 1, 1, 1, 1]).unsqueeze(1).to(BF16)
+    x[4, 7] = 300
+    stored = measured(x, scheme)
+    found = vllm.quantize_inputs(x, scheme.activations, stored)
+    expected = activations.quantize(x, scheme.activations, stored)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.codes.float(), expected.codes.float())
+
+
+@pytest.mark.usefixtures("operators")
+def test_cutlass_refuses_shapes_dtypes_and_inputs_without_their_scale():
+    scheme = SCHEMES["FP8 static"]
+    quantized = grid.quantize(randn(128, 256), scheme.weights)
+    x, stored = randn(2, 256, dtype=BF16), torch.ones(1)
+    with pytest.raises(ValueError, match="need a measured input_scale: run lockstep calibrate"):
+        vllm.cutlass(x, quantized, scheme)
+    with pytest.raises(ValueError, match="input is float32"):
+        vllm.cutlass(x.float(), quantized, scheme, None, stored)
+    for n, k in ((120, 256), (128, 248)):
+        small = grid.quantize(randn(n, k), scheme.weights)
+        with pytest.raises(ValueError, match=f"N={n}, K={k}: cutlass_scaled_mm takes multiples of 16"):
+            vllm.cutlass(x[:, :k], small, scheme, None, stored)
+
+
+SGLANG = Scheme.preset("W8A8", {"engine": "sglang"})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "capability", "reason"),
+    [
+        (Scheme(), (9, 0), "quantized inputs, the scheme leaves them as they are"),
+        (SGLANG, (9, 0), "the scheme trains the arithmetic of sglang"),
+        (Scheme.preset("W4A8"), (9, 0), "on Hopper quantizes the inputs to FP8 in any case"),
+        (Scheme.preset("W4AFP8"), (9, 0), "rounds code * scale to e4m3"),
+        (Scheme.preset("NVFP4"), (10, 0), "INT8 rows and FP8 tensors, rows and blocks, not fp4_e2m1"),
+        (Scheme.preset("MXFP8"), (10, 0), "INT8 rows and FP8 tensors, rows and blocks, not fp8_e4m3 g32"),
+        (SCHEMES["W8A8"], (10, 0), "8.0 to 9.0 (vLLM has no INT8 GEMM for newer ones), cuda has 10.0"),
+        (SCHEMES["FP8_DYNAMIC"], (8, 0), "8.9 or newer, cuda has 8.0"),
+        (SCHEMES["FP8_BLOCK"], (8, 9), "9.0 or newer, cuda has 8.9"),
+        (Scheme.preset("FP8_DYNAMIC", served_dtype=FP32), (9, 0), "the scheme is served in float32"),
+        (SCHEMES["W8A8"], None, "no device cuda"),
+    ],
+)
+@pytest.mark.usefixtures("operators")
+def test_schemes_and_gpus_that_cutlass_does_not_compute(monkeypatch, scheme, capability, reason):
+    monkeypatch.setattr(engines, "capability", lambda device: capability)
+    assert reason in vllm.cutlass_unavailable(scheme, CUDA)
+    with pytest.raises(kernels.KernelUnavailable, match="linear kernel 'vllm-cutlass' cannot compute"):
+        kernels.find("linear", "vllm-cutlass", scheme, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "message"),
+    [
+        ("cutlass_scaled_mm", CUTLASS_MM.replace("Tensor? bias", "Tensor? bias, bool swap"), "needs swap"),
+        ("dynamic_scaled_int8_quant", INT8_TOKEN.replace("Tensor!? azp", "Tensor!? zero"), "no argument azp"),
+    ],
+)
+def test_cutlass_with_other_arguments_is_refused(register, name, schema, message):
+    for other in ("cutlass_scaled_mm", "dynamic_scaled_int8_quant"):
+        register(f"_C::{other}", schema if other == name else None)
+    reason = vllm.cutlass_unavailable(SCHEMES["W8A8"], CUDA)
+    assert reason.startswith(f"_C::{name} of ")
+    assert message in reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (Scheme.preset("FP8_DYNAMIC").weights, "rounds the fp32 scales of FP8 weights to 16 bits"),
+        (
+            Scheme.preset("MXFP4A16", served_dtype=FP16).weights,
+            "MX formats in bfloat16, the scheme is served in float16",
+        ),
+        (Scheme.preset("NVFP4A16", served_dtype=FP32).weights, "the scheme is served in float32"),
+        (Scheme.preset("W8A16", scale_dtype=FP32).weights, "the scheme stores them in float32"),
+    ],
+)
+@pytest.mark.usefixtures("operators")
+def test_formats_that_marlin_does_not_compute(spec, reason):
+    assert reason in vllm.marlin_unavailable(spec, CUDA)
+
+
+@pytest.mark.usefixtures("operators")
+def test_weight_only_kernels_refuse_quantized_inputs_and_other_formats_by_name():
+    for name, scheme, reason in (
+        ("vllm-marlin", SCHEMES["W8A8"], "multiplies with inputs as they are, the scheme quantizes them to int8"),
+        ("vllm-machete", Scheme.preset("W4A16_ASYM"), "the scheme trains Marlin's"),
+        ("vllm-machete", Scheme.preset("NVFP4A16"), "INT4 and INT8 weights, not fp4_e2m1"),
+        ("vllm-machete", Scheme.preset("W4AFP8"), "multiplies with inputs as they are"),
+        ("sgl-marlin", Scheme.preset("W4A16_ASYM"), "symmetric INT4 weights"),
+    ):
+        with pytest.raises(kernels.KernelUnavailable, match=reason):
+            kernels.find("linear", name, scheme, CUDA)
+    assert "stacked experts" in vllm.expert_linear_unavailable(Scheme.preset("W8A16").weights, CUDA)
+
+
 # Experts -------------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +679,7 @@ def test_each_row_goes_through_its_own_expert(group_size, rows, experts):
     expert_of_row = torch.randint(experts, (rows,), generator=torch.Generator().manual_seed(2))
     assert vllm.expert_linear_unavailable(spec, CUDA) is None
     y = vllm.expert_linear(x, quantized, expert_of_row, spec)
-    assert torch.equal(y, by_expert(reference.linear, x, quantized, expert_of_row, spec))
+    assert torch.equal(y, by_expert(reference_linear, x, quantized, expert_of_row, spec))
 
 
 def by_expert(
@@ -324,7 +688,7 @@ def by_expert(
     y = x.new_empty(len(x), quantized.codes.shape[1])
     for expert in expert_of_row.unique().tolist():
         rows = expert_of_row == expert
-        y[rows] = linear(x[rows], grid.Quantized(*(tensor[expert] for tensor in quantized)), spec)
+        y[rows] = linear(x[rows], grid.Quantized(*(tensor[expert] for tensor in quantized[:2])), spec)
     return y
 
 
@@ -583,6 +947,7 @@ def test_gpu_installed_vllm_is_usable():
     """The other tests here skip with its reason where a kernel is refused; this one does not."""
     assert vllm.marlin_unavailable(GROUPED, CUDA) is None
     assert vllm.expert_linear_unavailable(GROUPED, CUDA) is None
+    assert vllm.cutlass_unavailable(SCHEMES["FP8_DYNAMIC"], CUDA) is None
     assert vllm.MARLIN_GEMM.origin().startswith("vllm ")
 
 
@@ -612,7 +977,7 @@ def test_gpu_outputs_differ_from_the_reference_in_the_order_of_fp32_additions_al
     quantized = grid.quantize(randn(4096, 4096, device=CUDA) * 0.02, spec)
     x = randn(rows, 4096, dtype=dtype, seed=1, device=CUDA)
     y = LINEARS[name](x, quantized, spec)
-    assert shares(y, reference.linear(x, quantized, spec)) >= LEAST_EQUAL[dtype]
+    assert shares(y, reference_linear(x, quantized, spec)) >= LEAST_EQUAL[dtype]
 
 
 @GPU_KERNELS
@@ -628,7 +993,7 @@ def test_gpu_bias_is_added_in_the_order_of_the_reference(name, group_size, dtype
     y = LINEARS[name](x, quantized, spec, bias)
     apart = LINEARS[name](x, quantized, spec) + bias
     if name == "vllm-marlin" and group_size is None:
-        assert shares(y, reference.linear(x, quantized, spec, bias)) >= LEAST_EQUAL[dtype]
+        assert shares(y, reference_linear(x, quantized, spec, bias)) >= LEAST_EQUAL[dtype]
         assert shares(y, apart) < 0.9
     else:
         assert torch.equal(y, apart)
@@ -658,7 +1023,94 @@ def test_gpu_kernel_runs_where_its_tensors_are(name):
 @on_gpu("vllm")
 def test_gpu_vllm_repacks_as_we_do():
     codes = grid.quantize(randn(192, 384, device=CUDA), GROUPED).codes
-    assert torch.equal(vllm._marlin_words(codes).cpu(), layout.pack_weight(codes.cpu()))
+    assert torch.equal(vllm._marlin_words(codes, GROUPED).cpu(), layout.pack_weight(codes.cpu()))
+    eight = Scheme.preset("W8A16").weights
+    codes = grid.quantize(randn(192, 384, device=CUDA), eight).codes
+    assert torch.equal(vllm._marlin_words(codes, eight).cpu(), layout.pack_weight(codes.cpu(), 8))
+
+
+@on_gpu("vllm")
+@WEIGHT_ONLY
+@pytest.mark.parametrize("shape", [(4096, 4096), (128, 256), (64, 384), (384, 192)], ids=str)
+def test_gpu_identity_reads_weights_of_every_format_back_exactly(spec, shape):
+    usable("vllm-marlin", spec)
+    n, k = shape
+    if spec.group_size and k % spec.group_size:
+        pytest.skip("not a shape of this grouping")
+    quantized = grid.quantize(randn(n, k, device=CUDA) * 0.02, spec)
+    identity = torch.eye(k, dtype=spec.served_dtype, device=CUDA)
+    assert torch.equal(vllm.marlin(identity, quantized, spec).T, grid.dequantize(quantized, spec))
+
+
+@on_gpu("vllm")
+@DTYPES
+def test_gpu_machete_reads_int8_groups_back_exactly_and_computes_the_reference(dtype):
+    spec = weight_only("W8A16", dtype)
+    usable("vllm-machete", spec)
+    quantized = grid.quantize(randn(1024, 4096, device=CUDA) * 0.02, spec)
+    identity = torch.eye(4096, dtype=dtype, device=CUDA)
+    assert torch.equal(vllm.machete(identity, quantized, spec).T, grid.dequantize(quantized, spec))
+    x = randn(16, 4096, dtype=dtype, seed=1, device=CUDA)
+    y = vllm.machete(x, quantized, spec)
+    assert shares(y, reference_linear(x, quantized, spec)) >= LEAST_EQUAL[dtype]
+
+
+@on_gpu("vllm")
+@WEIGHT_ONLY
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_gpu_outputs_of_every_format_are_those_of_the_reference(spec, rows):
+    usable("vllm-marlin", spec)
+    quantized = grid.quantize(randn(1024, 4096, device=CUDA) * 0.02, spec)
+    x = randn(rows, 4096, dtype=spec.served_dtype, seed=1, device=CUDA)
+    bias = randn(1024, dtype=spec.served_dtype, seed=2, device=CUDA)
+    y = vllm.marlin(x, quantized, spec)
+    assert shares(y, reference_linear(x, quantized, spec)) >= LEAST_EQUAL[spec.served_dtype]
+    with_bias = vllm.marlin(x, quantized, spec, bias)
+    if spec.format == "int4" and spec.group_size is None:  # one rounding
+        assert shares(with_bias, reference_linear(x, quantized, spec, bias)) >= LEAST_EQUAL[spec.served_dtype]
+    else:
+        assert torch.equal(with_bias, y + bias)
+
+
+# Sums of int8 are exact. What the FP8 GEMM adds in which order is not said; blocks are scaled in one more order.
+LEAST_EQUAL_INPUTS = {"int8": 0.999, "fp8_e4m3": 0.995, "block": 0.9}
+
+
+@on_gpu("vllm")
+@QUANTIZED_INPUTS
+@pytest.mark.parametrize("k", [4096, 11008])
+def test_gpu_inputs_are_quantized_as_in_training(name, k):
+    scheme = SCHEMES[name]
+    if reason := vllm.cutlass_unavailable(scheme, CUDA):
+        pytest.skip(reason)
+    x = randn(512, k, dtype=scheme.weights.served_dtype, device=CUDA) * torch.logspace(-3, 2, 512, device=CUDA)[:, None]
+    x = x.to(scheme.weights.served_dtype)
+    x[3] = 0
+    stored = measured(x, scheme)
+    found = vllm.quantize_inputs(x, scheme.activations, stored)
+    expected = activations.quantize(x, scheme.activations, stored)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.codes.float(), expected.codes.float())
+
+
+@on_gpu("vllm")
+@QUANTIZED_INPUTS
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [*((rows, 4096, 4096) for rows in (1, 16, 64, 512, 4096)), (300, 1536, 8192)]
+)
+def test_gpu_outputs_of_quantized_inputs_are_those_of_the_reference(name, rows, n, k):
+    scheme = SCHEMES[name]
+    if reason := vllm.cutlass_unavailable(scheme, CUDA):
+        pytest.skip(reason)
+    dtype = scheme.weights.served_dtype
+    quantized = grid.quantize(randn(n, k, device=CUDA) * 0.02, scheme.weights)
+    x = randn(rows, k, dtype=dtype, seed=1, device=CUDA)
+    bias = randn(n, dtype=dtype, seed=2, device=CUDA)
+    least = LEAST_EQUAL_INPUTS["block" if scheme.weights.strategy == "block" else scheme.weights.format]
+    stored = measured(x, scheme)
+    for added in (None, bias):
+        y = vllm.cutlass(x, quantized, scheme, added, stored)
+        assert shares(y, reference.linear(x, quantized, scheme, added, stored)) >= least
 
 
 @on_gpu("vllm")
@@ -686,4 +1138,4 @@ def test_gpu_expert_outputs_are_those_of_the_reference(rows, group_size, dtype):
     x = randn(rows, 2048, dtype=dtype, seed=1, device=CUDA)
     expert_of_row = torch.randint(4, (rows,), generator=torch.Generator().manual_seed(2)).to(CUDA)
     y = vllm.expert_linear(x, quantized, expert_of_row, spec)
-    assert shares(y, by_expert(reference.linear, x, quantized, expert_of_row, spec)) >= LEAST_EQUAL[dtype]
+    assert shares(y, by_expert(reference_linear, x, quantized, expert_of_row, spec)) >= LEAST_EQUAL[dtype]

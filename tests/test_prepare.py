@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lockstep
-from lockstep import Scheme
+from lockstep import Rule, Scheme
 from lockstep.qat import QATLinear
+from lockstep.scheme import PRESETS
 
 
 class Block(nn.Module):
@@ -249,6 +250,171 @@ def test_ignore_that_matches_nothing_warns_but_for_the_default():
         lockstep.prepare(Block(), "W4A16")
     with pytest.warns(UserWarning, match="ignore='re:.*router' matches no module of Block"):
         lockstep.prepare(Block(), "W4A16", ignore=["lm_head", "re:.*router"])
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def schemes(model: nn.Module) -> dict[str, Scheme]:
+    """What trains as what, by the modules themselves."""
+    return {name: module.scheme for name, module in model.named_modules() if type(module) is QATLinear}
+
+
+def test_the_first_rule_that_matches_a_layer_wins():
+    model = Tiny()
+    recipe = [Rule("layers.0.q_proj", "W8A16"), Rule(["re:.*q_proj"], "W8A8"), Rule(["Linear"], "W4A16")]
+    report = lockstep.prepare(model, recipe)
+    expected = {
+        "layers.0.q_proj": Scheme.preset("W8A16"),
+        "layers.0.down_proj": Scheme.preset("W4A16"),
+        "layers.1.q_proj": Scheme.preset("W8A8"),
+        "layers.1.down_proj": Scheme.preset("W4A16"),
+    }
+    assert schemes(model) == {row.name: row.scheme for row in report.quantized} == expected
+    assert model(torch.arange(4)).isfinite().all()
+
+
+def test_a_rule_without_a_scheme_leaves_its_layers_as_they_are():
+    model = Tiny()
+    report = lockstep.prepare(model, [Rule("re:layers.0", None), Rule("Linear", "W4A16")])
+    assert list(schemes(model)) == PROJECTIONS[2:]
+    reasons = {row.name: row.reason for row in report.skipped}
+    assert reasons["layers.0.q_proj"] == "left as it is by the rule for re:layers.0"
+    assert reasons["lm_head"] == "ignored by 'lm_head'"
+    # A later rule without a scheme takes nothing from an earlier one.
+    model = Tiny()
+    lockstep.prepare(model, [Rule("Linear", "W4A16"), Rule("re:layers.0", None)])
+    assert list(schemes(model)) == PROJECTIONS
+
+
+def test_ignore_beats_every_rule():
+    model = Tiny()
+    lockstep.prepare(model, [Rule("layers.0.q_proj", "W8A8"), Rule("Linear", "W4A16")], ignore=["re:.*q_proj"])
+    assert list(schemes(model)) == ["layers.0.down_proj", "layers.1.down_proj", "lm_head"]
+
+
+def test_a_recipe_takes_the_place_of_targets():
+    model = Tiny()
+    lockstep.prepare(model, [Rule("re:.*down_proj", "W4A16")], targets="re:.*q_proj")
+    assert list(schemes(model)) == ["layers.0.down_proj", "layers.1.down_proj"]
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(128, 128) for _ in range(3))
+        self.gate_proj, self.up_proj = (nn.Linear(128, 128) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ("k_proj", "k_proj is to train as .*int8.* and q_proj as int4|q_proj is to train as int4.* and k_proj as int8"),
+        ("up_proj", "gate_proj is to train as int4.* and up_proj as int8|up_proj is to train as int8"),
+    ],
+)
+def test_layers_that_engines_fuse_are_quantized_alike_or_refused(odd, message):
+    """An engine takes the first one's scheme for all of them, in silence."""
+    model = Fused()
+    before = classes(model)
+    with pytest.raises(ValueError, match=rf"({message}).*engines run them as one layer"):
+        lockstep.prepare(model, [Rule(odd, "W8A16"), Rule("Linear", "W4A16")])
+    assert classes(model) == before
+    # Another engine, or rule, of the same format is another scheme too.
+    with pytest.raises(ValueError, match="engines run them as one layer"):
+        lockstep.prepare(model, [Rule(odd, Scheme.preset("W4A16", scale_rule="amax/7.5")), Rule("Linear", "W4A16")])
+    assert classes(model) == before
+
+
+def test_rules_that_serve_in_different_dtypes_are_refused():
+    half = Scheme.preset("W4A16", served_dtype=torch.float16, scale_dtype=torch.float16)
+    model = Tiny()
+    with pytest.raises(ValueError, match="the rules serve in bfloat16 and float16: an engine serves a model in one"):
+        lockstep.prepare(model, [Rule("re:.*q_proj", half), Rule("Linear", "W4A16")])
+    assert not schemes(model)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        ([], TypeError, "a preset's name, a Scheme or a list of lockstep.Rule, found"),
+        (["W4A16"], TypeError, "a list of lockstep.Rule"),
+        ([Rule("re:.*nothing", "W8A8"), Rule("Linear", "W4A16")], ValueError, "'re:.*nothing' matches no module"),
+        ([Rule("Linear", None)], ValueError, "nothing to quantize"),
+        ([Rule("Linear", "W4A61")], ValueError, "near ones are W4A16"),
+    ],
+    ids=["empty", "names", "no-match", "all-left", "preset"],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(recipe, error, message):
+    model = Tiny()
+    with pytest.raises(error, match=message):
+        lockstep.prepare(model, recipe)
+    assert not schemes(model)
+
+
+def test_preparing_twice_with_another_recipe_is_refused():
+    model = Tiny()
+    recipe = [Rule("re:.*q_proj", "W8A8"), Rule("Linear", "W4A16")]
+    lockstep.prepare(model, recipe)
+    lockstep.prepare(model, list(recipe))
+    with pytest.raises(ValueError, match=r"q_proj is prepared with int8.*unprepare"):
+        lockstep.prepare(model, "W4A16")
+
+
+@pytest.mark.parametrize("name", ["FP8", "NVFP4"])
+def test_unprepare_removes_the_buffers_of_measured_scales(name):
+    model = Tiny()
+    before, keys = classes(model), list(model.state_dict())
+    lockstep.prepare(model, name)
+    added = [key for key in model.state_dict() if key not in keys]
+    assert added == [f"{layer}.{Scheme.preset(name).activations.scale_name}" for layer in PROJECTIONS]
+    for key in added:
+        buffer = model.get_buffer(key)
+        assert (buffer.shape, buffer.dtype) == ((1,), torch.float32)
+        assert buffer.isnan().all()
+        buffer.fill_(1.0)
+    lockstep.prepare(model, name)  # keeps what is measured
+    assert all(model.get_buffer(key).item() == 1 for key in added)
+    model(torch.arange(4))
+    lockstep.unprepare(model)
+    assert classes(model) == before
+    assert list(model.state_dict()) == keys
+    assert model(torch.arange(4)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_prepared_and_run_on_meta(name):
+    with torch.device("meta"):
+        model = Tiny()
+        lockstep.prepare(model, name)
+        assert model(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "features", "message"),
+    [
+        ("FP8_BLOCK", 192, "weight of shape .* 192 input features do not divide into activation groups of 128"),
+        ("NVFP4", 120, "weight of shape .* 120 input features do not divide into groups of 16: no"),
+        ("MXFP8", 48, "48 input features do not divide into groups of 32"),
+        ("FP8_DYNAMIC", 0, "no input features to quantize"),
+    ],
+)
+def test_layers_whose_inputs_do_not_divide_are_refused_by_name(scheme, features, message):
+    model = nn.ModuleDict({"odd": nn.Linear(features, 64)}) if features else nn.ModuleDict({"odd": empty_linear()})
+    with pytest.raises(ValueError, match=f"odd, {message}" if features != 48 and features else f"odd, .*{message}"):
+        lockstep.prepare(model, scheme)
+
+
+def empty_linear() -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Linear(0, 64)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W4A16_ASYM", "FP8", "MXFP4A16"])
+def test_reuse_is_refused_where_nothing_is_kept(name):
+    with pytest.raises(ValueError, match="keeps symmetric INT4 weights with inputs as they are"):
+        lockstep.prepare(Tiny(), name, reuse="weight")
 
 
 # Import ------------------------------------------------------------------------------------------------------------

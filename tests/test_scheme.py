@@ -1,30 +1,14 @@
-"""The scheme: its fields, its presets, and the JSON that other libraries read."""
+"""The scheme: its fields and its presets, and that what contradicts itself is refused by name."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import FrozenInstanceError, asdict, fields
-from itertools import product
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-from lockstep import Scheme, TensorSpec
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GROUPINGS = [{"group_size": size} for size in (32, 64, 128)] + [{"strategy": "channel"}]
-SPECS = [
-    TensorSpec(**grouping, scale_rule=rule, scale_dtype=scale, served_dtype=served)
-    for grouping, rule, scale, served in product(GROUPINGS, ("amax/7", "amax/7.5"), DTYPES, DTYPES)
-] + [TensorSpec(group_size=32, scale_rule="max/-8", scale_dtype=DTYPES[1], served_dtype=served) for served in DTYPES]
-
-
-def with_weights(scheme: Scheme, **weights) -> dict:
-    """A ``quantization_config`` of `scheme` with keys of its weights replaced."""
-    config = scheme.to_compressed_tensors()
-    config["config_groups"]["group_0"]["weights"].update(weights)
-    return config
+from lockstep import ActivationSpec, KVCacheSpec, Scheme, TensorSpec
+from lockstep.scheme import PRESETS
 
 
 def test_field_names_and_defaults_are_public_api():
@@ -38,7 +22,16 @@ def test_field_names_and_defaults_are_public_api():
         "scale_dtype": torch.bfloat16,
         "served_dtype": torch.bfloat16,
     }
-    assert [field.name for field in fields(Scheme)] == ["weights"]
+    assert asdict(ActivationSpec()) == {
+        "format": "int8",
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "power_of_two": False,
+        "engine": "vllm",
+    }
+    assert asdict(KVCacheSpec()) == {"format": "fp8_e4m3", "strategy": "tensor", "dynamic": False}
+    assert [field.name for field in fields(Scheme)] == ["weights", "activations"]
     assert Scheme() == Scheme(TensorSpec())
 
 
@@ -64,8 +57,8 @@ def test_preset_takes_overrides_and_any_case():
     [
         ("W4A61", "no preset 'W4A61': near ones are W4A16"),
         ("zzz", "near ones are none.*trains W4A16"),
-        ("NVFP4", "known to compressed-tensors, but not trained.*trains W4A16"),
-        ("w8a16", "known to compressed-tensors, but not trained"),
+        ("W3A16", "known to compressed-tensors, but not trained.*trains W4A16"),
+        ("w4a4", "known to compressed-tensors, but not trained"),
     ],
 )
 def test_unknown_preset_says_what_there_is(name, message):
@@ -76,24 +69,66 @@ def test_unknown_preset_says_what_there_is(name, message):
 @pytest.mark.parametrize(
     ("invalid", "message"),
     [
-        ({"format": "int8"}, "format='int8': this version takes 'int4'"),
-        ({"strategy": "tensor"}, "strategy='tensor': this version takes 'group', 'channel'"),
-        ({"group_size": 48}, "group_size=48: this version takes 32, 64, 128"),
-        ({"group_size": None}, "group_size=None: this version takes 32, 64, 128"),
+        ({"format": "int3"}, "format='int3': this version takes 'int4'"),
+        ({"strategy": "row"}, "strategy='row': this version takes 'group', 'channel'"),
+        ({"strategy": "tensor"}, r"grouping \(strategy, group_size\) of scale_rule='amax/7'=\('tensor', None\)"),
+        ({"group_size": 48}, r"=\('group', 48\): this version takes \('group', 32\)"),
+        ({"group_size": None}, r"=\('group', None\): this version takes \('group', 32\)"),
         ({"strategy": "channel", "group_size": 32}, "group_size with strategy='channel'=32"),
-        ({"symmetric": False}, "symmetric=False: this version takes True"),
-        ({"scale_rule": "amax/8"}, "scale_rule='amax/8': this version takes 'amax/7', 'amax/7.5', 'max/-8'"),
-        ({"scale_dtype": torch.float64}, "scale_dtype=torch.float64: this version takes torch.bfloat16"),
+        ({"format": "int8", "symmetric": False}, "symmetric=False: int8 weights have no such scale rule"),
+        ({"scale_rule": "amax/8"}, "scale_rule of int4 symmetric='amax/8': this version takes 'amax/7', 'amax/7.5'"),
+        ({"scale_rule": "amax/127"}, "scale_rule of int4 symmetric='amax/127'"),
+        ({"scale_dtype": torch.float64}, "scale_dtype of scale_rule='amax/7'=torch.float64: .*torch.bfloat16"),
         ({"served_dtype": "bfloat16"}, "served_dtype='bfloat16': this version takes torch.bfloat16"),
-        ({"scale_rule": "max/-8", "scale_dtype": torch.float16}, "Q4_0.*found group_size=128"),
-        ({"scale_rule": "max/-8", "group_size": 32}, "Q4_0.*found group_size=32 and scale_dtype=torch.bfloat16"),
-        ({"scale_rule": "max/-8", "strategy": "channel", "scale_dtype": torch.float16}, "Q4_0.*group_size=None"),
+        ({"scale_rule": "max/-8", "scale_dtype": torch.float16}, r"scale_rule='max/-8'=\('group', 128\)"),
+        ({"scale_rule": "max/-8", "group_size": 32}, "scale_dtype of scale_rule='max/-8'=torch.bfloat16"),
+        ({"format": "fp8_e4m3", "strategy": "channel"}, "scale_dtype of scale_rule='amax/448'=torch.bfloat16"),
+        ({"format": "fp4_e2m1", "group_size": 32}, "scale_rule='mx/2'=torch.bfloat16: .*torch.float8_e8m0fnu"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_invalid_field_is_refused_by_name(invalid, message):
     with pytest.raises(ValueError, match=message):
         TensorSpec(**invalid)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ActivationSpec("int4"), r"activations \(format, strategy, group_size, dynamic\)=\('int4', 'token'"),
+        (lambda: ActivationSpec("int8", "token", dynamic=False), "'int8', 'token', None, False"),
+        (lambda: ActivationSpec(engine="trt"), "engine='trt': this version takes 'vllm', 'sglang'"),
+        (lambda: ActivationSpec(power_of_two=True), "power_of_two=True: only groups of 128"),
+        (lambda: KVCacheSpec("int4"), "format='int4': this version takes 'fp8_e4m3'"),
+        (lambda: KVCacheSpec(strategy="token"), "dynamic with strategy='token'=False: this version takes True"),
+        (lambda: Scheme(PRESETS["W8A8"].weights, PRESETS["FP8"].activations), "no kernel multiplies them.*take .*int8"),
+        (lambda: Scheme(PRESETS["FP8"].weights), "fp8_e4m3 tensor .* weights need activations"),
+        (lambda: Scheme(TensorSpec(symmetric=False), ActivationSpec()), "asymmetric weights: kernels take them with"),
+        (lambda: Scheme.preset("W4A16", activations={"engine": "sglang"}), "'W4A16' leaves its inputs as they are"),
+        (lambda: Scheme.preset("FP8_DYNAMIC", symmetric=False), "symmetric=False: fp8_e4m3 weights have no such"),
+    ],
+    ids=range(11),
+)
+def test_what_no_kernel_computes_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_knows_its_name_whatever_the_engine(name):
+    """Reports and recipes show it."""
+    scheme = Scheme.preset(name)
+    assert scheme.preset_name == {"INT8": "W8A8"}.get(name, name)
+    if scheme.activations is not None:
+        sglang = Scheme.preset(name, activations={"engine": "sglang"})
+        assert (sglang.engine, sglang.preset_name, sglang == scheme) == ("sglang", scheme.preset_name, False)
+
+
+def test_a_changed_format_brings_its_own_rule():
+    assert Scheme.preset("W4A16", format="int8").weights == TensorSpec("int8")
+    assert Scheme.preset("W4A16", symmetric=False) == Scheme.preset("W4A16_ASYM")
+    blocks = Scheme.preset("FP8_BLOCK", scale_rule="pow2/448", activations={"power_of_two": True})
+    assert (blocks.weights.scale_rule, blocks.preset_name) == ("pow2/448", "FP8_BLOCK")
 
 
 def test_channel_has_no_group_size():
@@ -109,6 +144,9 @@ def test_channel_has_no_group_size():
         (TensorSpec(), 128, 1, True),
         (TensorSpec(group_size=32), 128, 4, False),
         (TensorSpec(strategy="channel"), 100, 1, True),
+        (TensorSpec("fp8_e4m3", "block", scale_dtype=torch.float32), 300, 3, False),
+        (TensorSpec("fp8_e4m3", "tensor", scale_dtype=torch.float32), 300, 1, True),
+        (TensorSpec("fp4_e2m1", "group", 16, scale_dtype=torch.float8_e4m3fn), 64, 4, True),
     ],
 )
 def test_one_group_counts_as_channel_wise(spec, k, groups, scale_follows):
@@ -124,60 +162,3 @@ def test_one_group_counts_as_channel_wise(spec, k, groups, scale_follows):
 def test_row_that_does_not_divide_names_the_sizes_that_would(k, message):
     with pytest.raises(ValueError, match=message):
         TensorSpec().num_groups(k)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_json_gives_the_same_scheme_back(spec):
-    """A checkpoint that is read back trains, or is compared, on the grid that it was written with."""
-    scheme = Scheme(spec)
-    config = json.loads(json.dumps(scheme.to_compressed_tensors()))
-    assert Scheme.from_compressed_tensors(config) == scheme
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_compressed_tensors_reads_the_json_as_the_same_grid(spec):
-    """vLLM, SGLang and transformers parse ``quantization_config`` with this class."""
-    parsed = QuantizationConfig.model_validate(
-        Scheme(spec).to_compressed_tensors(targets=["Linear", "re:.*expert"], ignore=["lm_head"])
-    )
-    weights = parsed.config_groups["group_0"].weights
-    assert (parsed.format, parsed.quantization_status, parsed.ignore) == ("pack-quantized", "compressed", ["lm_head"])
-    assert parsed.config_groups["group_0"].targets == ["Linear", "re:.*expert"]
-    assert (weights.num_bits, weights.type, weights.symmetric) == (4, "int", True)
-    assert (weights.strategy, weights.group_size) == (spec.strategy, spec.group_size or -1)
-
-    # The object has no place for the "lockstep" entry: what it says comes back, the rest is as of a foreign config.
-    read = Scheme.from_compressed_tensors(parsed).weights
-    assert (read.format, read.strategy, read.group_size) == (spec.format, spec.strategy, spec.group_size)
-
-
-def test_config_of_llm_compressor_means_its_own_rule():
-    """Without our entry the scales were made by compressed-tensors: amax / 7.5."""
-    groups = {"group_0": preset_name_to_scheme("W4A16", ["Linear"])}
-    foreign = QuantizationConfig(config_groups=groups, format="pack-quantized")
-    expected = Scheme(TensorSpec(scale_rule="amax/7.5"))
-    assert Scheme.from_compressed_tensors(foreign) == expected
-    assert Scheme.from_compressed_tensors(foreign.to_dict()) == expected
-
-
-OTHER_GRIDS = {
-    "two-groups": ({"config_groups": {name: Scheme().to_compressed_tensors() for name in "ab"}}, "one group .* has 2"),
-    "no-groups": ({}, "one group of layers, config_groups has 0"),
-    "activations": (
-        {"config_groups": {"a": preset_name_to_scheme("W8A8", []).model_dump()}},
-        "no quantized activations",
-    ),
-    "float": ({"config_groups": {"a": preset_name_to_scheme("MXFP4A16", []).model_dump()}}, "type='float'"),
-    "tensor-wise": (with_weights(Scheme(), strategy="tensor"), "strategy='tensor'"),
-    "eight-bits": (with_weights(Scheme(), num_bits=8), "format='int8'"),
-    "zero-points": (with_weights(Scheme(), symmetric=False), "symmetric=False"),
-    "group-size": (with_weights(Scheme(), group_size=256), "group_size=256"),
-    "reordered": (with_weights(Scheme(), actorder="group"), "actorder"),
-}
-
-
-@pytest.mark.parametrize(("config", "message"), OTHER_GRIDS.values(), ids=OTHER_GRIDS)
-def test_config_of_another_grid_is_refused(config, message):
-    """Reading it as ours would compare a model with numbers that it never had."""
-    with pytest.raises(ValueError, match=message):
-        Scheme.from_compressed_tensors(config)

@@ -10,7 +10,7 @@ import torch
 from strategies import BF16, DTYPES, FP16, FP32, GROUPINGS
 from torch import Tensor
 
-from lockstep import TensorSpec, grid, kernels
+from lockstep import Scheme, TensorSpec, grid, kernels
 from lockstep.kernels import reference
 
 triton_gemm = pytest.importorskip("lockstep.kernels.triton_gemm", reason="needs Triton", exc_type=ImportError)
@@ -49,7 +49,7 @@ def coarse(n: int, k: int, spec: TensorSpec) -> grid.Quantized:
 
 def linear(x: Tensor, quantized: grid.Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
     """The kernel under test, on the device, and back."""
-    codes, scale = quantized
+    codes, scale, *_ = quantized
     on_device = grid.Quantized(codes.to(DEVICE), scale.to(DEVICE))
     return triton_gemm.linear(x.to(DEVICE), on_device, spec, None if bias is None else bias.to(DEVICE)).cpu()
 
@@ -85,7 +85,7 @@ def test_exact_sums_are_the_references_bit_for_bit(grouping, dtype, has_bias, m,
     k = groups * (spec.group_size or 104)
     x, quantized = integers(m, k, dtype=dtype), coarse(n, k, spec)
     bias = randn(n, dtype=dtype) if has_bias else None
-    assert torch.equal(linear(x, quantized, spec, bias), reference.linear(x, quantized, spec, bias))
+    assert torch.equal(linear(x, quantized, spec, bias), reference.linear(x, quantized, Scheme(spec), bias))
 
 
 @pytest.mark.parametrize("grouping", [{"group_size": 32}, {"strategy": "channel"}], ids=["grouped", "channel"])
@@ -97,14 +97,14 @@ def test_leading_dimensions_are_rows(grouping, has_bias, shape):
     bias = randn(40, dtype=BF16) if has_bias else None
     y = linear(x, quantized, spec, bias)
     assert y.shape == (*shape[:-1], 40)
-    assert torch.equal(y, reference.linear(x, quantized, spec, bias))
+    assert torch.equal(y, reference.linear(x, quantized, Scheme(spec), bias))
 
 
 @pytest.mark.parametrize("k", [8, 56, 64, 72, 200])
 def test_rows_that_do_not_fill_a_block_are_summed_to_their_end(k):
     spec = spec_of({"strategy": "channel"}, BF16)
     x, quantized = integers(5, k, dtype=BF16), coarse(40, k, spec)
-    assert torch.equal(linear(x, quantized, spec), reference.linear(x, quantized, spec))
+    assert torch.equal(linear(x, quantized, spec), reference.linear(x, quantized, Scheme(spec)))
 
 
 def test_operands_may_be_views():
@@ -114,7 +114,7 @@ def test_operands_may_be_views():
     x = integers(96, 5, dtype=BF16).T
     views = grid.Quantized(quantized.codes.T.contiguous().T, quantized.scale.T.contiguous().T)
     bias = randn(80, dtype=BF16)[::2]
-    expected = reference.linear(x, quantized, spec, bias.contiguous())
+    expected = reference.linear(x, quantized, Scheme(spec), bias.contiguous())
     assert torch.equal(linear(x, views, spec, bias), expected)
 
 
@@ -140,7 +140,7 @@ def test_random_sums_are_as_close_to_the_truth_as_the_references(grouping, dtype
         exact = x.double() @ grid.dequantize(quantized, spec).double().T
     error, expected = (
         (y.double() - exact).square().mean().sqrt()
-        for y in (linear(x, quantized, spec), reference.linear(x, quantized, spec))
+        for y in (linear(x, quantized, spec), reference.linear(x, quantized, Scheme(spec)))
     )
     assert error <= expected * (1.02 if dtype != FP32 else 3)  # in fp32 nothing but the order of additions rounds
 
@@ -154,4 +154,8 @@ def test_rows_that_do_not_fill_a_word_are_refused(k):
 
 def test_it_is_the_kernel_that_the_registry_calls_triton():
     """``lockstep align --kernel triton`` measures this function."""
-    assert kernels.find("linear", "triton", TensorSpec(), DEVICE).run is triton_gemm.linear
+    spec = spec_of({"group_size": 32}, BF16)
+    x, quantized = integers(3, 64, dtype=BF16).to(DEVICE), coarse(8, 64, spec)
+    on_device = grid.Quantized(quantized.codes.to(DEVICE), quantized.scale.to(DEVICE))
+    y = kernels.find("linear", "triton", Scheme(spec), DEVICE).run(x, on_device, Scheme(spec))
+    assert torch.equal(y, triton_gemm.linear(x, on_device, spec))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lockstep import TensorSpec, grid
 from lockstep.kernels import triton_grid
 from lockstep.layouts import marlin, words
-from lockstep.scheme import RULES
+from lockstep.scheme import FORMATS, RULES
 
 pytest.importorskip("triton")
 import triton
@@ -32,7 +32,19 @@ ARITHMETIC = [
     for rule in ("amax/7", "amax/7.5")
     for grouping in GROUPINGS
     for dtype in DTYPES
-] + [TensorSpec(**Q4_0)]
+] + [
+    TensorSpec(**Q4_0),
+    TensorSpec("int8", group_size=32, scale_dtype=FP16),
+    TensorSpec("int8", group_size=64),
+    TensorSpec("int8", "channel", scale_dtype=FP32),
+    TensorSpec("int8", scale_rule="amax/127.5"),
+    TensorSpec("fp8_e4m3", "channel", scale_dtype=FP32),
+]
+SHARED = [  # by more than a row
+    TensorSpec("fp8_e4m3", "tensor", scale_dtype=FP32),
+    TensorSpec("fp8_e4m3", "block", scale_dtype=FP32),
+    TensorSpec("fp8_e4m3", "block", scale_rule="pow2/448", scale_dtype=FP32),
+]
 GROUPED, CHANNEL = TensorSpec(group_size=32), TensorSpec(strategy="channel")
 ONE_OF_A_KIND = [GROUPED, CHANNEL, TensorSpec(**Q4_0), TensorSpec(group_size=64, scale_rule="amax/7.5")]
 
@@ -60,28 +72,28 @@ def assert_fake_quantizes_as_the_grid(w: Tensor, spec: TensorSpec) -> None:
 
 def assert_quantizes_as_the_grid(w: Tensor, spec: TensorSpec) -> None:
     """Codes and scales, as tensors and as words."""
-    codes, scale = grid.quantize(w, spec)
+    codes, scale, *_ = grid.quantize(w, spec)
     on_device = w.to(DEVICE)
     found = triton_grid.quantize(on_device, spec)
     assert_same_bits(found.codes, codes)
     assert_same_bits(found.scale, scale)
-    if w.shape[-1] % 8 == 0:
+    if w.shape[-1] % 8 == 0 and spec.code_dtype == torch.int8:
         packed, packed_scale = triton_grid.pack_quantized(on_device, spec)
-        assert_same_bits(packed, words.pack(codes, 4))
+        assert_same_bits(packed, words.pack(codes, spec.bits))
         assert_same_bits(packed_scale, scale)
 
 
 def assert_packs_for_marlin_as_the_layouts(w: Tensor, spec: TensorSpec) -> None:
-    codes, scale = grid.quantize(w, spec)
+    codes, scale, *_ = grid.quantize(w, spec)
     packed, packed_scale = triton_grid.pack_marlin(w.to(DEVICE), spec)
-    assert_same_bits(packed, marlin.pack_weight(codes))
+    assert_same_bits(packed, marlin.pack_weight(codes, spec.bits))
     assert_same_bits(packed_scale, marlin.pack_scales(scale))
 
 
 def assert_unpacks_as_the_grid(quantized: grid.Quantized, spec: TensorSpec) -> None:
     """``code * scale`` and the bare codes, from words."""
-    codes, scale = quantized
-    packed = words.pack(codes, 4).to(DEVICE)
+    codes, scale, *_ = quantized
+    packed = words.pack(codes, spec.bits).to(DEVICE)
     assert_same_bits(triton_grid.dequantize_packed(packed, scale.to(DEVICE), spec), grid.dequantize(quantized, spec))
     assert_same_bits(triton_grid.dequantize_packed(packed, None, spec), codes.to(spec.served_dtype))
 
@@ -153,7 +165,8 @@ def test_hard_weights_quantize_to_the_same_bits(spec, dtype):
     """One code that differs from the exporter's, and the model that serves is not the one that trained."""
     w = hard_weights(spec, dtype)
     assert_quantizes_as_the_grid(w, spec)
-    assert_packs_for_marlin_as_the_layouts(w.repeat(5, 1)[:64], spec)
+    if spec.code_dtype == torch.int8:
+        assert_packs_for_marlin_as_the_layouts(w.repeat(5, 1)[:64], spec)
 
 
 @every_arithmetic
@@ -163,10 +176,41 @@ def test_hard_weights_are_served_as_the_same_bits(spec, dtype):
     for served_dtype in DTYPES:
         served = replace(spec, served_dtype=served_dtype)
         assert_fake_quantizes_as_the_grid(w, served)
-        assert_unpacks_as_the_grid(grid.quantize(w, served), served)
+        if spec.code_dtype == torch.int8:
+            assert_unpacks_as_the_grid(grid.quantize(w, served), served)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in ARITHMETIC if spec.scale_dtype != FP32], ids=str)
+@pytest.mark.parametrize("spec", SHARED, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 130, 200), (0, 40), (3, 0, 40)], ids=str)
+@every_dtype
+def test_scales_of_blocks_and_tensors_are_the_grids(spec, dtype, shape):
+    """Blocks that the matrix does not fill, tiny and zero ones, and the extreme of a layer that is served with it."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    w[..., 128:, :] *= 1e-12
+    w[..., 128:] *= 1e-30
+    w[..., 1:2] = -0.0 if spec.strategy == "block" else torch.finfo(dtype).smallest_normal / 4
+    w = w.to(dtype)
+    assert_quantizes_as_the_grid(w, spec)
+    assert_fake_quantizes_as_the_grid(w, spec)
+    if spec.strategy == "tensor":
+        amax = 1.7 * grid.largest(w)
+        found, expected = triton_grid.quantize(w.to(DEVICE), spec, None, amax.to(DEVICE)), grid.quantize(w, spec, amax)
+        assert_same_bits(found.codes, expected.codes)
+        assert_same_bits(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("spec", SHARED, ids=str)
+def test_a_scale_that_fp32_rounds_to_zero_has_zeros_for_codes(spec):
+    """Without a sign, as the grid's."""
+    w = torch.full((2, 128), -1e-45)
+    assert_quantizes_as_the_grid(w, spec)
+    w[0, 0] = 3e-43  # a scale of 0 for none, but a denormal of few bits
+    assert_quantizes_as_the_grid(w, spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in ARITHMETIC if spec.scale_dtype != FP32 and spec.format == "int4"], ids=str
+)
 @every_dtype
 def test_hard_weights_hold_ties_and_denormal_scales(spec, dtype):
     """Or the tests above would prove less than they say."""
@@ -229,13 +273,11 @@ def test_weights_of_random_bits_are_the_grids(dtype, spec, seed):
         ((65, 128), TensorSpec(group_size=64)),  # more groups than a program holds, and no whole number of programs
         ((3, 5, 96), GROUPED),
         ((2, 1, 3, 64), GROUPED),
-        ((352,), GROUPED),
         ((1, 37), CHANNEL),
         ((5, 37), CHANNEL),
         ((5, 1), CHANNEL),
         ((5, 352), CHANNEL),
         ((2, 3, 96), CHANNEL),
-        ((96,), CHANNEL),
         ((2, 4096), CHANNEL),  # as much as a program reads at a time
         ((2, 5000), CHANNEL),
         ((2, 8200), CHANNEL),
@@ -250,8 +292,7 @@ def test_shapes_that_do_not_fill_a_program_are_the_grids(shape, spec, where):
     w[..., 0 if where == "first" else -1] = 9
     w = w.to(BF16)
     assert_fake_quantizes_as_the_grid(w, spec)
-    if w.ndim > 1:
-        assert_quantizes_as_the_grid(w, spec)
+    assert_quantizes_as_the_grid(w, spec)
     if shape[-1] % 8 == 0:
         assert_unpacks_as_the_grid(grid.quantize(w, spec), spec)
 
@@ -319,7 +360,7 @@ def test_memory_layout_does_not_matter(spec, layout):
 def test_codes_come_in_the_dtype_of_the_gemm(spec, code_dtype):
     """Channel-wise layers multiply with the codes themselves."""
     w = hard_weights(spec, BF16)
-    codes, scale = grid.quantize(w, spec)
+    codes, scale, *_ = grid.quantize(w, spec)
     found = triton_grid.quantize(w.to(DEVICE), spec, code_dtype)
     assert_same_bits(found.codes + 0, codes.to(code_dtype))  # a code of -0 multiplies as 0 does
     assert_same_bits(found.scale, scale)
@@ -345,7 +386,7 @@ def test_each_code_times_scales_of_every_size_is_the_grids(scale_dtype, dtype, m
 def test_words_and_scales_may_be_views(spec):
     """One expert's columns, or a scale that was stored transposed."""
     w = torch.randn(6, 192, generator=torch.Generator().manual_seed(5)).to(BF16)
-    codes, scale = quantized = grid.quantize(w, spec)
+    codes, scale, *_ = quantized = grid.quantize(w, spec)
     packed = words.pack(codes, 4).to(DEVICE)
     expected = grid.dequantize(quantized, spec)
     apart = packed.repeat_interleave(2, dim=1)[:, ::2]
@@ -364,9 +405,9 @@ def _codes_kernel(w, scale, out, n, rule: tl.constexpr, block: tl.constexpr):
     tl.store(out + at, triton_grid._codes(value, divisor, rule), mask=at < n)
 
 
-def codes_of(w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.dtype) -> Tensor:
+def codes_of(w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.dtype, format: str = "int4") -> Tensor:
     """The kernels' code of each of `w` (fp32, flat) with the scale beside it."""
-    rule = triton_grid._rule(TensorSpec(scale_dtype=scale_dtype), master)
+    rule = triton_grid._rule(TensorSpec(format, scale_dtype=scale_dtype), master)
     assert rule.by_reciprocal
     out = torch.empty_like(w, device=DEVICE)
     block = 2**18 if DEVICE.type == "cpu" else 1024
@@ -375,7 +416,9 @@ def codes_of(w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.d
     return out.cpu()
 
 
-def assert_codes_are_exact(w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.dtype) -> None:
+def assert_codes_are_exact(
+    w: Tensor, scale: Tensor, master: torch.dtype, scale_dtype: torch.dtype, format: str = "int4"
+) -> None:
     """The codes are RNE(w / scale), for each w ``[n, 1]`` and each scale ``[m]`` or a shape that broadcasts.
 
     float64 is exact enough: a quotient of numbers of 11 bits that is half an integer is a number of float64, and any
@@ -384,8 +427,9 @@ def assert_codes_are_exact(w: Tensor, scale: Tensor, master: torch.dtype, scale_
     w, scale = (each.flatten() for each in torch.broadcast_tensors(w.double(), scale.double()))
     assert torch.equal(w, w.to(master).double())
     assert torch.equal(scale, scale.to(scale_dtype).double())
-    expected = (w / scale).round().clamp(-7, 7)
-    found = codes_of(w.float(), scale.float(), master, scale_dtype).double()
+    largest = FORMATS[format].largest
+    expected = (w / scale).round().clamp(-largest, largest)
+    found = codes_of(w.float(), scale.float(), master, scale_dtype, format).double()
     wrong = found != expected
     assert not wrong.any(), f"{int(wrong.sum())} wrong, such as {w[wrong][0].item()!r} / {scale[wrong][0].item()!r}"
 
@@ -419,6 +463,16 @@ def test_reciprocal_gives_the_codes_of_the_division_for_every_pair_of_significan
             assert_codes_are_exact(w * sign, scale, master, scale_dtype)
 
 
+@pytest.mark.parametrize(("master", "scale_dtype"), [(BF16, BF16), (FP16, BF16), (BF16, FP16)], ids=str)
+def test_reciprocal_gives_the_codes_of_8_bits_for_every_pair_of_significands(master, scale_dtype):
+    """Products are less exact the larger they are: all quotients from 4 to 256."""
+    scale = significands(scale_dtype) / 64
+    for ratio in range(3, 9):
+        w = significands(master)[:, None] * 2.0 ** (ratio - 7)
+        sign = 1 - 2 * (torch.arange(len(scale)) % 2)
+        assert_codes_are_exact(w * sign, scale, master, scale_dtype, "int8")
+
+
 @pytest.mark.parametrize("scale_dtype", [BF16, FP16], ids=str)
 def test_reciprocal_gives_the_codes_of_the_division_for_denormal_scales(scale_dtype):
     """The reciprocal of a bf16 denormal is infinite; a group that small is rare, and NaN if it goes wrong."""
@@ -435,7 +489,7 @@ def test_reciprocal_gives_the_codes_of_the_division_for_denormal_scales(scale_dt
 @every_dtype
 def test_division_is_skipped_only_where_that_is_proved(spec, dtype):
     """The proof needs quotients of two numbers of 11 bits, rounded to an integer with ties to even."""
-    short = spec.scale_rule == "amax/7" and dtype != FP32 and spec.scale_dtype != FP32
+    short = spec.scale_rule in ("amax/7", "amax/127") and dtype != FP32 and spec.scale_dtype != FP32
     assert triton_grid._rule(spec, dtype).by_reciprocal is short
 
 
@@ -481,3 +535,8 @@ def test_layers_that_do_not_fill_marlins_tiles_are_refused(shape):
 def test_kernels_say_where_they_run():
     assert triton_grid.unavailable(DEVICE) is None
     assert triton_grid.unavailable(torch.device("meta")) == "they run on CUDA, the weight is on meta"
+
+
+def test_words_of_floating_codes_are_refused():
+    with pytest.raises(ValueError, match="words hold integers, found fp8_e4m3 channel"):
+        triton_grid.pack_quantized(torch.zeros(64, 128, device=DEVICE), ARITHMETIC[-1])

@@ -6,41 +6,45 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lockstep import grid, kernels
+from lockstep import activations, grid, kernels
 from lockstep.align import metrics
 from lockstep.align.report import AlignmentReport, EndToEnd, LayerAlignment
 from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equal
 from lockstep.export.save import quantization_config, served_state, served_tensor
 from lockstep.grid import Quantized
-from lockstep.kernels import Kernel
+from lockstep.kernels import Kernel, scaled_mm
 from lockstep.qat.linear import QATLinear, compute_dtype
 from lockstep.qat.prepare import quantized_modules, unwrapped
-from lockstep.scheme import Scheme, dtype_name
+from lockstep.scheme import BLOCK, Scheme, TensorSpec, dtype_name
 
-# Rows of a layer's input that are multiplied in float64: enough for an error norm, cheap beside the forward.
-FLOAT64_ROWS = 256
+# Rows of a layer's input that are computed again, in float64 and the classic way: enough for an error norm and a
+# share, cheap beside the forward.
+SAMPLED_ROWS = 256
 
 Batch = Tensor | Mapping[str, Any]
 
 
 @torch.no_grad()
-def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str = "reference") -> AlignmentReport:
+def compare(
+    model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str | Sequence[str] = "reference"
+) -> AlignmentReport:
     """Compare `model` as it trains (fake quant) with `checkpoint` as a serving kernel computes it (true quant).
 
-    For each quantized layer: is the stored weight bitwise the trained one, and on the inputs that the layer really saw
-    in `batch`, how far is the true kernel's output from the layer's own? End to end: logits and log-probabilities of
-    the model's own forward against one in which every quantized layer runs the true kernel on the stored words and
-    every other tensor is the stored one.
+    For each quantized layer: are the stored codes, scales, zero points and measured input scale bitwise the trained
+    ones, and on the inputs that the layer really saw in `batch`, how far is the true kernel's output from the layer's
+    own? End to end: logits and log-probabilities of the model's own forward against one in which every quantized layer
+    runs the true kernel on the stored words, with the stored input scale, and every other tensor is the stored one.
 
     The model runs in eval mode as it is called here; masters wider than the served dtype run under autocast to it, as
     they train. Model and checkpoint are left as they were.
@@ -49,12 +53,14 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         model: a prepared model (`lockstep.prepare`) holding the trained weights.
         checkpoint: the exported folder.
         batch: what the model is called with: a mapping (``model(**batch)``) or a tensor.
-        kernel: name of the true kernel: ``"reference"``, ``"vllm-marlin"`` and more (`lockstep.kernels.KERNELS`).
+        kernel: name of the true kernel: ``"reference"``, ``"vllm-marlin"`` and more (`lockstep.kernels.KERNELS`). Of
+            several names, for a model with several schemes, each layer runs the first that computes its scheme.
 
     Raises:
         CheckpointError: the folder cannot be read, or belongs to another model.
-        KernelUnavailable: the kernel cannot compute the scheme here.
-        ValueError: the model is not prepared, a tensor is on ``meta``, or the batch reaches no quantized layer.
+        KernelUnavailable: a layer's scheme can be computed here by none of the kernels named.
+        ValueError: the model is not prepared or is being calibrated, an input scale is not measured, a tensor is on
+            ``meta``, or the batch reaches no quantized layer.
     """
     model = unwrapped(model)
     layers = dict(quantized_modules(model))
@@ -62,9 +68,11 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         raise ValueError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
     if meta := [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device: load weights into the model first.")
+    if observed := [name for name, layer in layers.items() if layer.observer is not None]:
+        raise ValueError(f"{observed[0]} is being calibrated, and leaves its inputs as they are: compare afterwards.")
     first = next(iter(layers.values()))
-    scheme, device = first.scheme, first.weight.device
-    true_kernel = kernels.find("linear", kernel, scheme.weights, device)
+    served, device = first.scheme.weights.served_dtype, first.weight.device
+    true_kernels = _true_kernels((kernel,) if isinstance(kernel, str) else kernel, layers.values(), device)
     stored = Checkpoint(checkpoint)
     if not layers.keys() & {*stored.layers, *(name.removesuffix(".weight") for name in stored.tensors)}:
         raise CheckpointError(
@@ -72,16 +80,16 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
             "layer is in both. Of a LightningModule, pass the model that it holds."
         )
 
-    rows, quantized = _compare_weights(layers, stored, device)
-    problems = _compare_config(model, scheme, stored) | _compare_plain(model, scheme, stored, device)
-    ours = "lockstep" in stored.config["quantization_config"]
-    if ours and stored.scheme != scheme and all(row.weight_equal for row in rows):  # else it is named layer by layer
-        problems["config.json, quantization_config"] = f"declares {stored.scheme}, trained {scheme}"
-    plain = _usable_plain_tensors(model, scheme, stored, device)
-    serve = {name: partial(_run, true_kernel, name, layers[name], weight) for name, weight in quantized.items()}
+    rows, usable = _compare_layers(layers, stored, device)
+    problems = _compare_config(model, layers, rows, stored) | _compare_plain(model, layers, stored, device)
+    plain = _usable_plain_tensors(model, layers, stored, device)
+    serve = {
+        name: partial(_run, true_kernels[layers[name].scheme], name, layers[name], *found)
+        for name, found in usable.items()
+    }
     watch = {row.name: partial(_watch, row, layers[row.name], serve[row.name]) for row in rows if row.name in serve}
     true = None
-    with _as_served(model, scheme):
+    with _as_served(model, served):
         fake = _logits(model, batch, watch)
         if len(serve) == len(layers) and plain is not None:
             true = _logits(model, batch, serve, plain)
@@ -89,89 +97,159 @@ def compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel: str 
         raise ValueError("no quantized layer saw an input: the batch is empty, or the model does not call its layers.")
 
     return AlignmentReport(
-        scheme=scheme,
         checkpoint=str(checkpoint),
-        kernel=kernel,
+        kernel=", ".join(dict.fromkeys(one.name for one in true_kernels.values())),
         layers=rows,
         plain_problems=problems,
         end_to_end=None if true is None else _end_to_end(fake, true, batch),
-        environment=_environment(device, true_kernel),
+        environment=_environment(device, true_kernels.values()),
     )
 
 
-def _compare_weights(
+def _true_kernels(names: Sequence[str], layers: Iterable[QATLinear], device: torch.device) -> dict[Scheme, Kernel]:
+    """For each scheme in use the first kernel of `names` that computes it."""
+    found = {}
+    for scheme in dict.fromkeys(layer.scheme for layer in layers):
+        refusals = []
+        for name in names:
+            try:
+                found[scheme] = kernels.find("linear", name, scheme, device)
+                break
+            except kernels.KernelUnavailable as refusal:
+                refusals.append(str(refusal))
+        else:
+            raise kernels.KernelUnavailable(" ".join(refusals) or "no kernel is named.")
+    return found
+
+
+Stored = tuple[Quantized, Tensor | None]
+
+
+def _compare_layers(
     layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
-) -> tuple[list[LayerAlignment], dict[str, Quantized]]:
-    """Each layer's stored weight against the trained one, and the stored weights that a kernel can run."""
-    rows, readable, fingerprints = [], {}, {}
+) -> tuple[list[LayerAlignment], dict[str, Stored]]:
+    """Each layer's stored tensors against the trained ones; and those that a kernel can run, with their input scale."""
+    rows, usable, fingerprints = [], {}, {}
     for name, layer in layers.items():
-        spec = layer.scheme.weights
-        row = LayerAlignment(name, (layer.out_features, layer.in_features))
+        row = LayerAlignment(name, (layer.out_features, layer.in_features), layer.scheme)
         rows.append(row)
-        trained = grid.quantize(layer.weight, spec)
+        trained, trained_scale = layer.quantize(), layer.stored_scale()
         fingerprints[_fingerprint(trained)] = name
         try:
-            codes, scale = stored.layer(name)
+            found, declared = _on(device, stored.layer(name)), stored.scheme_of(name)
         except CheckpointError as error:
             row.problem = str(error).removeprefix(f"{name}: ")
             continue
-        found = Quantized(codes.to(device), scale.to(device))
         if found.codes.shape != trained.codes.shape:
             row.problem = f"stored weight is {list(found.codes.shape)}, trained {list(trained.codes.shape)}"
-        elif found.scale.shape != trained.scale.shape:
-            row.problem = f"stored with {stored.scheme}, trained with {layer.scheme}"
-        else:
-            readable[name] = found
-            row.weight_equal = all(bitwise_equal(a, b) for a, b in zip(found, trained, strict=True))
-            if not row.weight_equal:
-                row.problem = _difference(found, trained)
+            continue
+        if _layout(declared) != _layout(layer.scheme):
+            row.problem = f"stored with {declared}, trained with {layer.scheme}"
+            continue
+        problems = [_difference(found, trained)]
+        row.weight_equal = not problems[0]
+        try:
+            scale = stored.stored_scale(name)
+            scale = None if scale is None else scale.to(device)
+            usable[name] = (found, scale)
+            problems.append(_input_difference(layer, scale, trained_scale))
+        except CheckpointError as error:
+            problems.append(str(error).removeprefix(f"{name}: "))
+        row.problem = "; ".join(filter(None, problems))
     for row in rows:
-        if not row.weight_equal and row.name in readable:
-            owner = fingerprints.get(_fingerprint(readable[row.name]))
+        if not row.weight_equal and row.name in usable:
+            owner = fingerprints.get(_fingerprint(usable[row.name][0]))
             if owner not in (None, row.name):
                 row.problem = f"holds the weight of {owner}"
-    return rows, readable
+    return rows, usable
+
+
+def _on(device: torch.device, quantized: Quantized) -> Quantized:
+    return Quantized(*(part if part is None else part.to(device) for part in quantized))  # type: ignore[arg-type]
+
+
+def _layout(scheme: Scheme) -> tuple:
+    """What a checkpoint of anybody's says of a scheme: formats and groupings, not the rule behind the scales."""
+    weights, inputs = scheme.weights, scheme.activations
+    grouping = (weights.format, weights.strategy, weights.group_size, weights.symmetric)
+    return (*grouping, inputs and (inputs.format, inputs.strategy, inputs.group_size, inputs.dynamic))
 
 
 def _difference(found: Quantized, trained: Quantized) -> str:
-    """What differs between two weights of one shape, in words."""
-    codes, scales = found.codes != trained.codes, found.scale != trained.scale
+    """What differs between two weights of one layout, in words; empty if nothing does."""
     parts = []
-    if codes.any():
-        where = codes.nonzero()[0].tolist()
-        n, k = where
-        parts.append(
-            f"{int(codes.sum())} of {codes.numel()} codes differ, first at {where}: "
-            f"stored {found.codes[n, k].item()}, trained {trained.codes[n, k].item()}"
-        )
-    if found.scale.dtype != trained.scale.dtype:
-        parts.append(f"scales are {found.scale.dtype}, trained {trained.scale.dtype}")
-    if scales.any():
-        parts.append(f"{int(scales.sum())} of {scales.numel()} scales differ")
-    hint = "; the model has moved on since the export, or this is another model" if scales.float().mean() > 0.1 else ""
-    return "; ".join(parts) + hint
+    for what, one, other in zip(("codes", "scales", "zero points", "global scales"), found, trained, strict=True):
+        if one is None or other is None:  # both, since the layouts agree
+            continue
+        if one.shape != other.shape:
+            parts.append(f"{what} are {list(one.shape)}, trained {list(other.shape)}")
+        elif one.dtype != other.dtype:
+            parts.append(f"{what} are {one.dtype}, trained {other.dtype}")
+            if differing := int((one.float() != other.float()).sum()):
+                parts.append(f"{differing} of {one.numel()} {what} differ")
+        elif not bitwise_equal(one, other):
+            parts.append(_first_difference(what, one, other))
+    moved_on = found.scale.shape == trained.scale.shape and _share(found.scale, trained.scale) > 0.1
+    if moved_on and _share(found.codes, trained.codes) > 0:
+        parts[-1] += "; the model has moved on since the export, or this is another model"
+    return "; ".join(parts)
+
+
+def _share(one: Tensor, other: Tensor) -> float:
+    """Share of the values that differ."""
+    return (one.float() != other.float()).double().mean().item()
+
+
+def _first_difference(what: str, found: Tensor, trained: Tensor) -> str:
+    """``3 of 512 codes differ, first at [0, 7]: stored 3, trained 4``; by bits, so -0 differs from 0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
+    differing = found.contiguous().view(integers) != trained.contiguous().view(integers)
+    where = differing.nonzero()[0].tolist()
+    one, other = (tensor[tuple(where)].float().item() for tensor in (found, trained))
+    count = f"{int(differing.sum())} of {found.numel()} {what} differ"
+    return f"{count}, first at {where}: stored {one:.9g}, trained {other:.9g}"
+
+
+def _input_difference(layer: QATLinear, found: Tensor | None, trained: Tensor | None) -> str:
+    """What differs between the stored and the trained input scale, in words; empty if nothing does."""
+    if found is None or trained is None or bitwise_equal(found, trained.detach()):  # both None, since the layouts agree
+        return ""
+    name = layer.scheme.activations.scale_name  # type: ignore[union-attr]
+    return f"{name} is {found.tolist()}, trained {trained.tolist()}"
 
 
 def _fingerprint(quantized: Quantized) -> bytes:
-    """Identifies a weight by its shape and scales."""
-    scale = quantized.scale.float().cpu().contiguous()
-    return hashlib.sha256(repr(tuple(quantized.codes.shape)).encode() + scale.numpy().tobytes()).digest()
+    """Identifies a weight by its shape, its scales and its first row of codes: scales of a tensor may be shared."""
+    parts = [quantized.scale.float().cpu().contiguous(), quantized.codes[:1].float().cpu().contiguous()]
+    return hashlib.sha256(
+        repr(tuple(quantized.codes.shape)).encode() + b"".join(part.numpy().tobytes() for part in parts)
+    ).digest()
 
 
-def _compare_config(model: Any, scheme: Scheme, stored: Checkpoint) -> dict[str, str]:
+def _compare_config(
+    model: Any, layers: Mapping[str, QATLinear], rows: Iterable[LayerAlignment], stored: Checkpoint
+) -> dict[str, str]:
     """What ``config.json`` says otherwise than an export of this model would. Foreign ones have their own words."""
     problems = {}
+    served = next(iter(layers.values())).scheme.weights.served_dtype
     declared = stored.config["quantization_config"]
-    if "lockstep" in declared and stored.scheme == scheme:  # another scheme is named layer by layer
-        expected = json.loads(json.dumps(quantization_config(model, stored.format)))
-        for key in expected.keys() | declared.keys():
-            if expected.get(key) != declared.get(key):
-                problems[f"config.json, quantization_config.{key}"] = (
-                    f"{declared.get(key)}, trained {expected.get(key)}"
-                )
+    if "lockstep" in declared:
+        found = {row.name: _declared(stored, row.name) for row in rows}
+        odd = [name for name, scheme in found.items() if scheme not in (None, layers[name].scheme)]
+        if not odd:
+            expected = json.loads(json.dumps(quantization_config(model, stored.format)))
+            for key in expected.keys() | declared.keys():
+                if expected.get(key) != declared.get(key):
+                    problems[f"config.json, quantization_config.{key}"] = (
+                        f"{declared.get(key)}, trained {expected.get(key)}"
+                    )
+        elif not any(row.problem for row in rows if row.name in odd):  # else it is named layer by layer
+            problems["config.json, quantization_config"] = (
+                f"declares {found[odd[0]]} for {odd[0]}, trained {layers[odd[0]].scheme}"
+            )
     dtype = stored.config.get("dtype", stored.config.get("torch_dtype"))
-    if dtype not in (None, dtype_name(scheme.weights.served_dtype)):
-        problems["config.json, dtype"] = f"{dtype}, trained to be served in {dtype_name(scheme.weights.served_dtype)}"
+    if dtype not in (None, dtype_name(served)):
+        problems["config.json, dtype"] = f"{dtype}, trained to be served in {dtype_name(served)}"
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         trained = model.config.to_dict()
         found = type(model.config).from_dict(dict(stored.config)).to_dict()
@@ -182,6 +260,14 @@ def _compare_config(model: Any, scheme: Scheme, stored: Checkpoint) -> dict[str,
     return problems
 
 
+def _declared(stored: Checkpoint, name: str) -> Scheme | None:
+    """The stored scheme of a layer; None of one that cannot be read, which its row says."""
+    try:
+        return stored.scheme_of(name)
+    except CheckpointError:
+        return None
+
+
 # Entries of a transformers config that do not change what the model computes.
 _NOT_THE_MODEL = {
     *("quantization_config", "dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path"),
@@ -189,10 +275,13 @@ _NOT_THE_MODEL = {
 }
 
 
-def _compare_plain(model: nn.Module, scheme: Scheme, stored: Checkpoint, device: torch.device) -> dict[str, str]:
+def _compare_plain(
+    model: nn.Module, layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
+) -> dict[str, str]:
     """What is wrong with the tensors that are stored unquantized, by name."""
-    modules = model.named_modules(remove_duplicate=False)
-    quantized = {name for name, module in modules if isinstance(module, QATLinear)}
+    scheme = next(iter(layers.values())).scheme
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantized = {name for name, module in modules.items() if isinstance(module, QATLinear)}
     known = set(model.state_dict())
     problems = {name: "is not in the model" for name in stored.plain_tensors() if name not in known}
     problems |= {name: "is not in the model" for name in stored.layers if f"{name}.weight" not in known}
@@ -200,10 +289,11 @@ def _compare_plain(model: nn.Module, scheme: Scheme, stored: Checkpoint, device:
         if f"{name}.weight" in known:
             problems[name] = "is stored quantized, and trained as it is"
     for name in quantized & {*stored.layers}:
-        if f"{name}.weight" in stored.tensors:
+        if f"{name}.weight" in stored.plain_tensors():
             problems[f"{name}.weight"] = "is stored plain beside its packed words"
     for key, tensor in served_state(model).items():
-        if key.removesuffix(".weight") in quantized:
+        owner, _, leaf = key.rpartition(".")
+        if owner in quantized and leaf == "weight":  # compared with its layer
             continue
         if key not in stored.tensors:
             problems[key] = "is not in the checkpoint"
@@ -226,9 +316,10 @@ def _compare_plain(model: nn.Module, scheme: Scheme, stored: Checkpoint, device:
 
 
 def _usable_plain_tensors(
-    model: nn.Module, scheme: Scheme, stored: Checkpoint, device: torch.device
+    model: nn.Module, layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
 ) -> dict[str, Tensor] | None:
     """The stored unquantized tensors that the model has, under the first of its names; None if one does not fit."""
+    scheme = next(iter(layers.values())).scheme
     own = dict((*model.named_parameters(), *model.named_buffers()))
     plain = {name: stored.tensor(name).to(device) for name in stored.plain_tensors() if name in own}
     for name, tensor in plain.items():
@@ -240,12 +331,12 @@ def _usable_plain_tensors(
 Forward = Callable[[Tensor], Tensor]
 
 
-def _run(kernel: Kernel, name: str, layer: QATLinear, stored: Quantized, input: Tensor) -> Tensor:
-    """The true kernel on the stored words."""
+def _run(kernel: Kernel, name: str, layer: QATLinear, weight: Quantized, scale: Tensor | None, input: Tensor) -> Tensor:
+    """The true kernel on the stored words, with the stored input scale."""
     dtype = compute_dtype(input)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     try:
-        return kernel.run(input.to(dtype), stored, layer.scheme.weights, bias)
+        return kernel.run(input.to(dtype), weight, layer.scheme, bias, scale)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -269,30 +360,71 @@ def _measure(row: LayerAlignment, layer: QATLinear, x: Tensor, fake: Tensor, tru
     differences = (row.difference, metrics.relative_error(true, fake))
     row.difference = math.nan if any(map(math.isnan, differences)) else max(differences)
     if seen == 0:
-        sample, truth = _float64(layer, x)
-        row.fake_error = metrics.relative_error(fake.reshape(-1, fake.shape[-1])[sample], truth)
-        row.true_error = metrics.relative_error(true.reshape(-1, true.shape[-1])[sample], truth)
+        x = x.to(compute_dtype(x)).reshape(-1, x.shape[-1])
+        sample = torch.linspace(0, len(x) - 1, min(len(x), SAMPLED_ROWS), device=x.device).long()
+        own, other = (y.reshape(-1, y.shape[-1])[sample] for y in (fake, true))
+        truth = _float64(layer, x[sample])
+        row.fake_error = metrics.relative_error(own, truth)
+        row.true_error = metrics.relative_error(other, truth)
+        if layer.scheme.activations is not None or layer.scheme.weights.scale_follows_gemm(layer.in_features):
+            row.classic_equal = (_classic(layer, x[sample]) == other).double().mean().item()
 
 
-def _float64(layer: QATLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of some rows of `x`, and the layer's output for them in float64 on the trained weights."""
-    spec = layer.scheme.weights
-    quantized = grid.quantize(layer.weight, spec)
-    if spec.scale_follows_gemm(layer.in_features):
-        weight = quantized.codes.double() * quantized.scale.double()
-    else:
-        weight = grid.dequantize(quantized, spec).double()
-    rows = x.to(compute_dtype(x)).reshape(-1, x.shape[-1])
-    sample = torch.linspace(0, len(rows) - 1, min(len(rows), FLOAT64_ROWS), device=x.device).long()
-    bias = 0 if layer.bias is None else layer.bias.to(compute_dtype(x)).double()
-    return sample, rows[sample].double() @ weight.T + bias
+def _float64(layer: QATLinear, x: Tensor) -> Tensor:
+    """The layer's output for rows `x` in float64: on the trained codes and scales, and on the codes of its inputs."""
+    spec, inputs = layer.scheme.weights, layer.scheme.activations
+    quantized = layer.quantize()
+    if inputs is not None:
+        rows = _exact_inputs(activations.quantize(x, inputs, layer.stored_scale()))
+        if spec.format == "int4" and inputs.format == "fp8_e4m3":  # what that kernel makes of it before its GEMM
+            codes, scale, *_ = scaled_mm.fp8_from_int4(quantized)
+            weight = codes.double() * scale.double()
+        else:
+            weight = _exact_weight(quantized, spec)
+    else:  # weights that are rounded before the GEMM are what is served
+        rows = x.double()
+        exact = spec.scale_follows_gemm(layer.in_features)
+        weight = _exact_weight(quantized, spec) if exact else grid.dequantize(quantized, spec).double()
+    bias = 0 if layer.bias is None else layer.bias.to(x.dtype).double()
+    return rows @ weight.T + bias
+
+
+def _exact_weight(quantized: Quantized, spec: TensorSpec) -> Tensor:
+    """``(code - zero point) * scale / global scale``, float64 ``[N, K]``."""
+    codes, scale, zero_point, global_scale = quantized
+    n, k = codes.shape
+    height = {"tensor": n, "block": BLOCK}.get(spec.strategy, 1)
+    width = BLOCK if spec.strategy == "block" else spec.group_size or k
+
+    def spread(tiles: Tensor) -> Tensor:
+        return tiles.double().repeat_interleave(height, 0)[:n].repeat_interleave(width, 1)[:, :k]
+
+    weight = codes.double() if zero_point is None else codes.double() - spread(zero_point)
+    weight = weight * spread(scale)
+    return weight if global_scale is None else weight / global_scale.double()
+
+
+def _exact_inputs(quantized: Quantized) -> Tensor:
+    """``code * scale / global scale``, float64 ``[M, K]``."""
+    codes, scale, _, global_scale = quantized
+    rows = (codes.double().unflatten(-1, (scale.shape[-1], -1)) * scale.double().unsqueeze(-1)).flatten(-2)
+    return rows if global_scale is None else rows / global_scale.double()
+
+
+def _classic(layer: QATLinear, x: Tensor) -> Tensor:
+    """The layer's output for rows `x` as fake quant usually is computed: ``F.linear`` of dequantized tensors."""
+    spec, inputs = layer.scheme.weights, layer.scheme.activations
+    if inputs is not None:
+        x = activations.dequantize(activations.quantize(x, inputs, layer.stored_scale()), x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, grid.dequantize(layer.quantize(), spec).to(x.dtype), bias)
 
 
 @contextmanager
-def _as_served(model: nn.Module, scheme: Scheme) -> Iterator[None]:
+def _as_served(model: nn.Module, served: torch.dtype) -> Iterator[None]:
     """Eval mode, and autocast to the served dtype for wider masters, unless the caller has an autocast of their own."""
     parameter = next(model.parameters())
-    device_type, served = parameter.device.type, scheme.weights.served_dtype
+    device_type = parameter.device.type
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -354,13 +486,13 @@ def _end_to_end(fake: Tensor, true: Tensor, batch: Batch) -> EndToEnd:
     )
 
 
-def _environment(device: torch.device, kernel: Kernel) -> dict[str, str]:
+def _environment(device: torch.device, used: Iterable[Kernel]) -> dict[str, str]:
     import lockstep
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {
         "lockstep": lockstep.__version__,
         "torch": torch.__version__,
-        "kernel from": kernel.origin() or "unknown",
+        "kernel from": ", ".join(dict.fromkeys(kernel.origin() or "unknown" for kernel in used)),
     }
     return versions | {"device": f"{device.type} ({name})"}

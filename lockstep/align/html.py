@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lockstep.align.report import AlignmentReport
+from lockstep.align.report import AlignmentReport, describe_schemes
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -32,7 +30,7 @@ def page(report: AlignmentReport) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>Alignment of {escape(report.checkpoint)}</title>
 <style>{_STYLE}</style></head><body>
 <h1>Does it serve what it trained? {verdict}</h1>
-<p>Checkpoint <code>{escape(report.checkpoint)}</code>, scheme <b>{escape(str(report.scheme))}</b>, true kernel
+<p>Checkpoint <code>{escape(report.checkpoint)}</code>, scheme <b>{escape(describe_schemes(report))}</b>, true kernel
 <b>{escape(report.kernel)}</b>; {escape(environment)}.</p>
 {f"<h2>What is wrong</h2><ul>{failed}</ul>" if failures else ""}
 <h2>End to end</h2>{_end_to_end(report)}
@@ -59,11 +57,12 @@ def _end_to_end(report: AlignmentReport) -> str:
 
 
 def _layers(report: AlignmentReport) -> str:
-    header = ("layer", "weight", "outputs bit-equal", "max ulps", "difference", "error of fake", "error of true")
+    header = ("layer", "scheme", "weight", "outputs bit-equal", "classic fake quant", "max ulps", "difference")
     rows, failures = [], report.failures()
     for layer in report.layers:
         measured = (
             f"{layer.equal:.4%}",
+            "-" if layer.classic_equal is None else f"{layer.classic_equal:.2%}",
             f"{layer.max_ulps}",
             f"{layer.difference:.2e}",
             f"{layer.fake_error:.3e}",
@@ -71,8 +70,8 @@ def _layers(report: AlignmentReport) -> str:
         )
         weight = "equal" if layer.weight_equal else "differs"
         bad = any(line.startswith(f"{layer.name}:") for line in failures)
-        rows.append((bad, (layer.name, weight, *(measured if layer.outputs else ["-"] * 5))))
-    return _table(header, rows)
+        rows.append((bad, (layer.name, str(layer.scheme), weight, *(measured if layer.outputs else ["-"] * 6))))
+    return _table((*header, "error of fake", "error of true"), rows)
 
 
 def _table(header: Iterable[str], rows: Iterable[tuple[bool, Iterable[str]]]) -> str:

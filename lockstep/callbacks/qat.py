@@ -11,13 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lockstep import grid
 from lockstep.export.directory import ExportError, check_destination
 from lockstep.export.save import check_exportable, save_pretrained
-from lockstep.qat import statistics
-from lockstep.qat.prepare import prepare, quantized_modules, unprepare, unwrapped
+from lockstep.qat import kv_cache, observers, statistics
+from lockstep.qat.kv_cache import prepare_kv_cache, spec_of, unprepare_kv_cache
+from lockstep.qat.linear import QATLinear
+from lockstep.qat.observers import ObserverName
+from lockstep.qat.prepare import PrepareReport, prepare, quantized_modules, unprepare, unwrapped
 from lockstep.qat.reuse import Reuse
-from lockstep.scheme import Scheme
+from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
 
 class QATCallback(Callback):
@@ -39,7 +41,7 @@ class QATCallback(Callback):
     The codes of the last time are kept on the host, a byte for each weight.
 
     Args:
-        scheme: a preset's name or a `Scheme`.
+        scheme: a preset's name, a `Scheme`, or a recipe: a list of `lockstep.Rule`.
         targets: class names, exact module names or ``re:`` regexes, as in compressed-tensors.
         ignore: what to leave out, in the same words.
         start_step: optimizer step from which ``fit`` trains quantized; before it, in full precision.
@@ -50,6 +52,14 @@ class QATCallback(Callback):
         log_every_n_steps: 0 for never.
         overwrite: let the export replace an earlier one.
         reuse: what the layers keep over the micro-batches of an optimizer step, see `lockstep.prepare`.
+        fp8_input_gradient: see `lockstep.prepare`.
+        learned_scales: see `lockstep.prepare`.
+        kv_cache: what keys and values train as, ``"fp8"``, ``"int8"`` or a `lockstep.KVCacheSpec`; None: as they are.
+        calibration_steps: for schemes with measured ranges (``FP8``, ``NVFP4``, a static KV cache): optimizer steps
+            over which they are measured, on training and validation batches, with inputs, keys and values as they are.
+            Then they are frozen, the same on all ranks. 0: they are in the model already. A run that resumes within
+            these steps goes on measuring.
+        observer: what becomes the range: see `lockstep.qat.observers`.
 
     Raises:
         ValueError, TypeError: see `lockstep.prepare`, at the start of the run.
@@ -58,7 +68,7 @@ class QATCallback(Callback):
 
     def __init__(
         self,
-        scheme: str | Scheme = "W4A16",
+        scheme: str | Scheme | list[Rule] = "W4A16",
         targets: Sequence[str] = ("Linear",),
         ignore: Sequence[str] = ("lm_head",),
         start_step: int = 0,
@@ -67,8 +77,13 @@ class QATCallback(Callback):
         log_every_n_steps: int = 100,
         overwrite: bool = False,
         reuse: Reuse | None = None,
+        fp8_input_gradient: bool = False,
+        learned_scales: bool = False,
+        kv_cache: str | KVCacheSpec | None = None,
+        calibration_steps: int = 0,
+        observer: ObserverName = "minmax",
     ) -> None:
-        self.scheme = Scheme.of(scheme)
+        self.scheme = scheme if isinstance(scheme, list) else Scheme.of(scheme)
         self.targets = targets
         self.ignore = ignore
         self.start_step = start_step
@@ -77,6 +92,17 @@ class QATCallback(Callback):
         self.log_every_n_steps = log_every_n_steps
         self.overwrite = overwrite
         self.reuse = reuse
+        self.fp8_input_gradient = fp8_input_gradient
+        self.learned_scales = learned_scales
+        self.kv_cache = None if kv_cache is None else spec_of(kv_cache)
+        self.calibration_steps = calibration_steps
+        self.observer: ObserverName = observer
+        self._resumed: dict[str, dict[str, Tensor]] | None = None
+        if start_step and (learned_scales or calibration_steps):
+            raise ValueError(
+                f"start_step={start_step} adds to the model what the optimizer and checkpoints must know from the "
+                "first step: leave it 0 with learned_scales or calibration_steps."
+            )
         self._quantized = False
         self._logged_step = 0
         self._logged_codes: dict[str, Tensor] = {}
@@ -103,8 +129,9 @@ class QATCallback(Callback):
         self._restore_rotary(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run does not log the step that it resumes from."""
+        """A resumed run does not log the step that it resumes from, and goes on measuring or has its ranges."""
         self._logged_step = trainer.global_step
+        self._calibrate(trainer, served_model(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch the layers when training reaches `start_step`."""
@@ -114,6 +141,7 @@ class QATCallback(Callback):
         """Validate with the layers as they train, in the sanity check of a resumed run too."""
         self._restore_rotary(pl_module)
         self._follow_schedule(trainer, pl_module)
+        self._calibrate(trainer, served_model(pl_module))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in `on_fit_start`."""
@@ -126,7 +154,8 @@ class QATCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the weight statistics every `log_every_n_steps` optimizer steps."""
+        """Freeze ranges that are measured, and log the statistics every `log_every_n_steps` optimizer steps."""
+        self._calibrate(trainer, served_model(pl_module))
         step = trainer.global_step
         if not self.log_every_n_steps or step % self.log_every_n_steps or step == self._logged_step:
             return
@@ -137,6 +166,14 @@ class QATCallback(Callback):
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note what the observers have seen so far, so that a resumed run measures what an unbroken one would."""
+        checkpoint["lockstep"] = {"observers": observers.states(_observers(served_model(pl_module)))}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the observers of the run that is resumed."""
+        self._resumed = checkpoint.get("lockstep", {"observers": {}})["observers"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, after the trainer has written its own checkpoints."""
@@ -163,15 +200,27 @@ class QATCallback(Callback):
         model = served_model(pl_module)
         self._rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
         first = not any(quantized_modules(model))
-        report = prepare(model, self.scheme, self.targets, self.ignore, self.reuse)
+        report = self._prepare(model)
         if first:
             rank_zero_info(str(report))
         if trainer.state.fn == TrainerFn.FITTING:
-            self._logged_codes = {}
+            self._logged_codes, self._resumed = {}, None
+            if self.calibration_steps:
+                self._observe(model)
             if self.export_dir is not None:
                 check_destination(self.export_dir, self.overwrite)
                 check_exportable(model, self.export_format)
         self._quantized = True
+
+    def _observe(self, model: nn.Module) -> None:
+        storing = [layer for _, layer in quantized_modules(model) if _stores_scale(layer)]
+        watched = observers.observe(model, self.observer) if storing else []
+        watched += kv_cache.observe(model, self.observer)
+        if not watched:
+            raise ValueError(
+                f"calibration_steps={self.calibration_steps}, but neither {self.scheme} nor the KV cache has measured "
+                "ranges: leave it 0."
+            )
 
     def _restore_rotary(self, pl_module: LightningModule) -> None:
         """Engines compute rotary frequencies in fp32; Lightning's ``bf16-true`` rounds every buffer of the model."""
@@ -185,17 +234,44 @@ class QATCallback(Callback):
     def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = trainer.state.fn != TrainerFn.FITTING or trainer.global_step >= self.start_step
         if due and not self._quantized:
-            prepare(served_model(pl_module), self.scheme, self.targets, self.ignore, self.reuse)
+            self._prepare(served_model(pl_module))
         elif self._quantized and not due:
             unprepare(served_model(pl_module))
+            unprepare_kv_cache(served_model(pl_module))
         self._quantized = due
+
+    def _prepare(self, model: nn.Module) -> PrepareReport:
+        options = (self.reuse, self.fp8_input_gradient, self.learned_scales)
+        report = prepare(model, self.scheme, self.targets, self.ignore, *options)
+        if self.kv_cache is not None:
+            prepare_kv_cache(model, self.kv_cache)
+        return report
+
+    def _calibrate(self, trainer: Trainer, model: nn.Module) -> None:
+        """Measure ranges until `calibration_steps`, then freeze them; a run resumed later has them in its model."""
+        watching = _observers(model)
+        if trainer.state.fn != TrainerFn.FITTING or not watching:
+            return
+        resumed, self._resumed = self._resumed, None
+        if resumed:
+            observers.load_states(watching, resumed)
+        if trainer.global_step < self.calibration_steps:
+            return
+        if resumed is not None and not resumed:  # the checkpoint was written after they were frozen
+            observers.unobserve(model)
+            kv_cache.unobserve(model)
+        else:
+            if any(layer.observer for _, layer in quantized_modules(model)):
+                observers.freeze(model)
+            kv_cache.freeze(model)
+            rank_zero_info(f"ranges of inputs, keys and values frozen at step {trainer.global_step}")
 
     def _statistics(self, model: nn.Module) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, layer in quantized_modules(model):
             spec = layer.scheme.weights
-            quantized = grid.quantize(layer.weight.detach(), spec)
-            codes = quantized.codes.cpu()
+            quantized = layer.quantize()
+            codes = quantized.codes.view(torch.int8).cpu()
             metrics[f"qat/sqnr_db/{name}"] = statistics.sqnr_db(layer.weight, quantized, spec)
             metrics[f"qat/saturation/{name}"] = statistics.saturation(quantized, spec)
             if name in self._logged_codes:
@@ -206,6 +282,16 @@ class QATCallback(Callback):
             if values:
                 metrics[f"qat/{kind}/mean"] = sum(values) / len(values)
         return metrics
+
+
+def _stores_scale(layer: QATLinear) -> bool:
+    return layer.scheme.activations is not None and layer.scheme.activations.stores_scale
+
+
+def _observers(model: nn.Module) -> dict[str, observers.Observer]:
+    """All that measure now, by names that a resumed run has too."""
+    layers = {f"{name}.input": layer.observer for name, layer in quantized_modules(model) if layer.observer}
+    return layers | kv_cache.observers_of(model)  # type: ignore[operator]
 
 
 def served_model(pl_module: LightningModule) -> nn.Module:

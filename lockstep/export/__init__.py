@@ -1,6 +1,6 @@
 """What was trained, for engines: `save_pretrained` a folder, `stream` to a live engine, read a `Checkpoint` back."""
 
-from lockstep.export import gptq, marlin, pack_quantized
+from lockstep.export import formats
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.directory import ExportError
 from lockstep.export.save import check_exportable, save_pretrained, stream
@@ -10,9 +10,7 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "check_exportable",
-    "gptq",
-    "marlin",
-    "pack_quantized",
+    "formats",
     "save_pretrained",
     "stream",
 ]

@@ -82,7 +82,7 @@ class Operator:
     given: tuple[str, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def __call__(self, **arguments: Any) -> Tensor:
+    def __call__(self, **arguments: Any) -> Any:
         """Run it on the device of its first argument. Raises EngineUnavailable if it cannot be used."""
         overload = resolve(self)
         with _current_device(arguments[self.given[0]].device):
@@ -182,8 +182,17 @@ def _current_device(device: torch.device) -> AbstractContextManager:
 
 # What the kernels of every engine have in common --------------------------------------------------------------------
 
-# The engines' number for "unsigned 4 bits, stored with 8 added": mantissa bits, bias, and IEEE in its NaN field.
-UINT4B8 = 4 << 8 | 8 << 17 | 1 << 50
+
+def _type_id(exponent: int, mantissa: int, signed: bool, bias: int, finite_only: bool, nan: int) -> int:
+    """The engines' number for a type of codes: six fields of 8, 8, 1, 32, 1 and 8 bits, the first lowest."""
+    return exponent | mantissa << 8 | signed << 16 | bias << 17 | finite_only << 49 | nan << 50
+
+
+UINT4B8 = _type_id(0, 4, False, 8, False, 1)  # unsigned, stored with 8 added
+UINT4 = _type_id(0, 4, False, 0, False, 1)
+UINT8B128 = _type_id(0, 8, False, 128, False, 1)
+FLOAT8_E4M3FN = _type_id(4, 3, True, 0, True, 2)
+FLOAT4_E2M1F = _type_id(2, 1, True, 0, True, 0)
 
 
 def wrong_device(device: torch.device, capable: Callable[[tuple[int, int]], bool], needed: str) -> str | None:
@@ -198,10 +207,17 @@ def wrong_device(device: torch.device, capable: Callable[[tuple[int, int]], bool
     return None
 
 
-def wrong_dtypes(spec: TensorSpec) -> str | None:
-    """Why kernels that multiply codes by scales in a 16-bit dtype do not compute `spec`, or None."""
+def wrong_served_dtype(spec: TensorSpec) -> str | None:
+    """Why kernels with 16-bit outputs do not compute `spec`, or None."""
     if spec.served_dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 and float16, the scheme is served in {dtype_name(spec.served_dtype)}"
+    return None
+
+
+def wrong_dtypes(spec: TensorSpec) -> str | None:
+    """Why kernels that multiply codes by scales in a 16-bit dtype do not compute `spec`, or None."""
+    if reason := wrong_served_dtype(spec):
+        return reason
     if spec.scale_dtype != spec.served_dtype:
         stored, served = dtype_name(spec.scale_dtype), dtype_name(spec.served_dtype)
         return f"it takes scales in the dtype that it computes in, {served}: the scheme stores them in {stored}"
@@ -235,6 +251,6 @@ def rows(x: Tensor, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def gptq_words(codes: Tensor) -> Tensor:
-    """Codes int8 ``[N, K]`` as GPTQ's ``qweight``: int32 ``[K/8, N]``, its columns contiguous."""
-    return words.pack(codes, 4).T
+def gptq_words(codes: Tensor, bits: int = 4) -> Tensor:
+    """Codes int8 ``[N, K]`` as GPTQ's ``qweight``: int32 ``[K * bits / 32, N]``, its columns contiguous."""
+    return words.pack(codes, bits).T

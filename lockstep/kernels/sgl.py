@@ -66,7 +66,7 @@ def marlin(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
         ValueError: Marlin's tiles do not take this N and K, or `x` or `bias` has another dtype.
         EngineUnavailable: SGLang's operators cannot be used here.
     """
-    codes, scale = quantized
+    codes, scale, *_ = quantized
     n, k = codes.shape
     if problem := layout.problem(n, k, spec):
         raise ValueError(f"{problem}.")

@@ -28,7 +28,7 @@ def unavailable(spec: TensorSpec, device: torch.device) -> str | None:
 
 def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` for fp32 `x` ``[..., K]``; codes and scales are packed for the operator at each call."""
-    codes, scale = quantized
+    codes, scale, *_ = quantized
     if spec.scale_follows_gemm(x.shape[-1]) or codes.shape[0] % 16 or not x.numel():
         raise ValueError(
             f"torch-int4 cannot run a weight of {list(codes.shape)} on an input of {list(x.shape)}: it needs several "

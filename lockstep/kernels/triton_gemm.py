@@ -14,7 +14,7 @@ from torch import Tensor
 from lockstep.grid import Quantized
 from lockstep.kernels.triton_grid import INTERPRETED, TL_DTYPES, _round, _unpacked, _widen
 from lockstep.layouts import words
-from lockstep.scheme import GROUP_SIZES, TensorSpec
+from lockstep.scheme import TensorSpec
 
 BLOCK_M = BLOCK_N = BLOCK_K = 64
 
@@ -72,7 +72,7 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
     scale = quantized.scale.to(x.dtype) if after else quantized.scale
     out = x.new_empty(*x.shape[:-1], n)
     size = k // scale.shape[-1]
-    block_k = min(size, BLOCK_K) if size in GROUP_SIZES else BLOCK_K
+    block_k = min(size, BLOCK_K) if size in (32, 64, 128) else BLOCK_K
     if out.numel():
         _gemm_kernel[triton.cdiv(len(rows), BLOCK_M), triton.cdiv(n, BLOCK_N)](
             *(rows, words.pack(quantized.codes, spec.bits), scale.contiguous()),

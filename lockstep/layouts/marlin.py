@@ -1,4 +1,4 @@
-"""Marlin: INT4 and INT8 words in the order in which the GPU kernel reads them, and scales permuted to match.
+"""Marlin: INT4 and INT8 words in the order in which the GPU kernel reads them; scales and zero points to match.
 
 The layout of IST-DASLab's Marlin (Frantar et al., arXiv:2408.11743), bit-identical to what ``gptq_marlin_repack`` makes
 in vLLM and SGLang. A warp's 32 threads hold a tile of 16 inputs x 64 outputs as the tensor core's ``m16n8k16`` wants
@@ -69,6 +69,30 @@ def unpack_scales(packed: Tensor) -> Tensor:
     return packed.reshape(*lead, groups, n // 64, 8, 8).transpose(-2, -1).reshape(*lead, groups, n).mT.contiguous()
 
 
+def pack_zero_points(zero_point: Tensor, bits: int = 4) -> Tensor:
+    """Zero points int8 ``[..., N, G]`` to words int32 ``[..., G, N * bits / 32]``: permuted within 64 outputs as the
+    scales of several groups, their fields interleaved as those of the weights.
+
+    Raises:
+        ValueError: N is not a multiple of 64, or `bits` is neither 4 nor 8.
+    """
+    *lead, n, groups = zero_point.shape
+    check(n, TILE_K, bits)
+    rows = zero_point.mT.reshape(*lead, groups, n // 64, 8, 8).transpose(-2, -1).reshape(*lead, groups, -1, 32 // bits)
+    return words.pack(rows[..., _interleaved(bits)].flatten(-2), bits)
+
+
+def unpack_zero_points(packed: Tensor, bits: int = 4) -> Tensor:
+    """The inverse of `pack_zero_points`: words ``[..., G, N * bits / 32]`` to int8 ``[..., N, G]``."""
+    *lead, groups, n = packed.shape
+    n = n * 32 // bits
+    check(n, TILE_K, bits)
+    ordered = words.unpack(packed, bits).view(*lead, groups, -1, 32 // bits)
+    rows = torch.empty_like(ordered)
+    rows[..., _interleaved(bits)] = ordered
+    return rows.view(*lead, groups, n // 64, 8, 8).transpose(-2, -1).reshape(*lead, groups, n).mT.contiguous()
+
+
 def problem(n: int, k: int, spec: TensorSpec) -> str | None:
     """Why the kernel cannot run a layer of N outputs and K inputs, or None. Its tiles are 64 x 128 or 128 x 64."""
     if (n % 64 or k % 128) and (n % 128 or k % 64):
@@ -76,6 +100,11 @@ def problem(n: int, k: int, spec: TensorSpec) -> str | None:
     if spec.served_dtype == torch.float32:
         return "Marlin serves bfloat16 and float16, the scheme is served in float32"
     return None
+
+
+def _interleaved(bits: int) -> list[int]:
+    """The order of the fields in a word: those that the kernel converts together lie 16 bits apart."""
+    return [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
 
 
 def check(n: int, k: int, bits: int) -> None:

@@ -1,58 +1,144 @@
-"""`QATLinear`: ``nn.Linear`` whose forward multiplies with the weights that will be served.
+"""`QATLinear`: ``nn.Linear`` whose forward multiplies with the weights, and inputs, that will be served.
 
-Forward: the serving kernel's order of operations on the quantized weight (kernels/reference.py).
+Forward: the serving kernel's order of operations on quantized weights (kernels/reference.py) and inputs
+(kernels/scaled_mm.py).
 Backward: straight-through (Bengio et al., arXiv:1308.3432): the gradient of the quantized weight is handed to the
 master unchanged, and the input's gradient flows through the quantized weight, which is computed again instead of kept.
-Saved between the two: what ``nn.Linear`` saves, references to the input and to the master.
+Inputs that a static range cuts off get no gradient (PACT, arXiv:1805.06085).
+Saved between the two: references to the input and to the master, as ``nn.Linear`` saves, or for quantized inputs their
+codes, which take half the memory of bf16, in place of the input: once for the layers that see the same one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lockstep import grid, kernels
+from lockstep import activations, grid, kernels
 from lockstep.grid import Quantized
-from lockstep.kernels import Quantizer, reference
+from lockstep.kernels import Quantizer, operators, reference
+from lockstep.qat import learned
+from lockstep.qat.learned import LearnedScaleLinear
 from lockstep.qat.reuse import Kept
 from lockstep.scheme import Scheme, TensorSpec
+
+
+class Watcher(Protocol):
+    """Whatever watches a layer's inputs to measure their range: see `lockstep.qat.observers`."""
+
+    def update(self, x: Tensor) -> None:
+        """Take one input into account."""
 
 
 class QATLinear(nn.Linear):
     """An ``nn.Linear`` that `lockstep.prepare` has switched to quantization-aware training.
 
     It is made by swapping ``module.__class__``, never by a constructor, so parameters, hooks and state-dict keys are
-    the ``nn.Linear``'s own. `scheme` says what the weights become; `qualified_name` is for error messages; `kept` holds
-    the quantized weight between passes where `prepare` was told to reuse it, else None.
+    the ``nn.Linear``'s own; a scheme whose inputs have a measured scale adds the buffer ``input_scale`` (fp32 ``[1]``,
+    NaN until measured; NVFP4: ``input_global_scale``), and learned scales the parameter ``weight_scale``.
+
+    `scheme` says what the weights and inputs become; `qualified_name` is for error messages; `kept` holds the quantized
+    weight between passes where `prepare` was told to reuse it, else None; `fused` are the layers, itself included, that
+    engines run as one with it and that share what is scaled by the tensor; `shared_input` holds the codes of an input
+    for those of them that see it next; while `observer` is set, it sees the inputs and they are not quantized.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's.
 
     Raises:
-        ValueError: the forward would compute in a 16-bit dtype other than the one served.
+        ValueError: the forward would compute in a 16-bit dtype other than the one served, or a scale is not measured.
         KernelUnavailable: the kernels for the weight's device cannot run (see `kernels.training`).
     """
 
     scheme: Scheme
     qualified_name: str
     kept: Kept | None = None
+    fused: tuple[QATLinear, ...] = ()
+    shared_input: SharedInput | None = None
+    observer: Watcher | None = None
+    fp8_input_gradient: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype, spec = compute_dtype(input), self.scheme.weights
-        if dtype not in (spec.served_dtype, torch.float32, torch.float64):
+        dtype, scheme = compute_dtype(input), self.scheme
+        served = scheme.weights.served_dtype
+        if dtype not in (served, torch.float32, torch.float64):
             raise ValueError(
-                f"{self.qualified_name}: the forward computes in {dtype}, the scheme is served in {spec.served_dtype}. "
+                f"{self.qualified_name}: the forward computes in {dtype}, the scheme is served in {served}. "
                 "Train in the served dtype or in float32, or set served_dtype."
             )
-        bias = None if self.bias is None else self.bias.to(dtype)
+        x, bias = input.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        if self.observer is not None:
+            self.observer.update(input.detach())
+        if learned.KEY in self._parameters:
+            return self._forward_learned(x, bias)
+        if self.observer is not None:
+            return _StraightThroughLinear.apply(x, self.weight, bias, scheme, self.amax(), None)
+        if scheme.activations is not None:
+            inputs = self._quantized_input(input, x)
+            how = (scheme, self.fp8_input_gradient)
+            return _QuantizedInputLinear.apply(x, self.weight, bias, self.amax(), *inputs, how)
         if self.kept is not None and self.training and torch.is_grad_enabled():
-            return self._forward_reusing(input.to(dtype), bias)
-        return _StraightThroughLinear.apply(input.to(dtype), self.weight, bias, spec, None)
+            return self._forward_reusing(x, bias)
+        return _StraightThroughLinear.apply(x, self.weight, bias, scheme, self.amax(), None)
+
+    def quantize(self) -> Quantized:
+        """The weight as it is served: what is exported, and what the forward multiplies with."""
+        scale = self._parameters.get(learned.KEY)
+        return grid.quantize(self.weight.detach(), self.scheme.weights, self.amax(), scale)
+
+    def amax(self) -> Tensor | None:
+        """The largest magnitude of the weights that share a scale with this layer's, if the scheme has such a one."""
+        if not self.scheme.weights.per_tensor:
+            return None
+        sharing = self.fused or (self,)
+        return torch.stack([grid.largest(layer.weight).to(self.weight.device) for layer in sharing]).amax(0)
+
+    def _quantized_input(self, input: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and second scale of `x`, which is `input` in the dtype to compute in."""
+        inputs, stored = self.scheme.activations, self.stored_scale()
+        assert inputs is not None
+
+        def compute() -> Quantized:
+            kernel = kernels.training(self.scheme, self.weight.device)
+            return kernel.quantize_activations(x.detach(), inputs, stored)
+
+        shares = self.shared_input is not None and stored is None and not operators.traced(input)
+        codes, scale, _, second = self.shared_input.of(input, x.dtype, compute) if shares else compute()  # type: ignore[union-attr]
+        return codes, scale, second
+
+    def stored_scale(self) -> Tensor | None:
+        """The inputs' measured scale, fp32 ``[1]``, if the scheme has one. ValueError if it is not measured yet."""
+        inputs = self.scheme.activations
+        if inputs is None or not inputs.stores_scale:
+            return None
+        scale = getattr(self, inputs.scale_name)
+        if not torch.compiler.is_compiling() and not self._measured(scale):
+            raise ValueError(
+                f"{self.qualified_name}.{inputs.scale_name} is not measured: run lockstep.calibrate on a few "
+                "batches before a forward with measured input ranges."
+            )
+        return scale
+
+    def _measured(self, scale: Tensor) -> bool:
+        # A look at a GPU's memory waits for it: once for each scale that is written.
+        if getattr(self, "_seen", None) != (scale.data_ptr(), scale._version):
+            if scale.is_meta or not bool(scale.isfinite()):
+                return scale.is_meta
+            self._seen = (scale.data_ptr(), scale._version)
+        return True
 
     @torch.compiler.disable(reason="whether the kept weight is still the master's is looked up at each call")
     def _forward_reusing(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _StraightThroughLinear.apply(x, self.weight, bias, self.scheme.weights, self.kept)
+        return _StraightThroughLinear.apply(x, self.weight, bias, self.scheme, None, self.kept)
+
+    @torch.compiler.disable(reason="the arithmetic of the grid is not opaque to a compiler here")
+    def _forward_learned(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scheme = self.scheme if self.observer is None else Scheme(self.scheme.weights)
+        stored = self.stored_scale() if self.observer is None else None
+        return LearnedScaleLinear.apply(x, self.weight, self._parameters[learned.KEY], bias, scheme, stored)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP hands a layer its newly gathered weight this way: in the same memory, and with the same version.
@@ -62,7 +148,14 @@ class QATLinear(nn.Linear):
 
     def _apply(self, *args: Any, **kwargs: Any) -> QATLinear:
         self._drop()
-        return super()._apply(*args, **kwargs)
+        inputs = self.scheme.activations
+        name = inputs.scale_name if inputs is not None and inputs.stores_scale else None
+        scale = self._buffers[name] if name else None
+        super()._apply(*args, **kwargs)
+        if name and scale is not None and self._buffers[name].dtype != scale.dtype:  # type: ignore[union-attr]
+            # `.to(bfloat16)` moves what is measured and does not round it.
+            self._buffers[name] = scale.to(self._buffers[name].device)  # type: ignore[union-attr]
+        return self
 
     def train(self, mode: bool = True) -> QATLinear:
         if not mode:
@@ -85,34 +178,42 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if autocast else input.dtype
 
 
+# Inputs as they are --------------------------------------------------------------------------------------------------
+
+
 class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: TensorSpec, kept: Kept | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, amax: Tensor | None, kept: Kept | None
     ) -> Tensor:
         x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
-        ctx.how = (spec, kernels.training(spec, weight.device), kept)
-        ctx.save_for_backward(x if weight_has_grad else None, weight if x_has_grad else None)
-        return reference.gemm(x, *_operand(weight, *ctx.how), bias)
+        ctx.how = (scheme.weights, kernels.training(scheme, weight.device), kept)
+        ctx.save_for_backward(x if weight_has_grad else None, weight if x_has_grad else None, amax)
+        operand, scale = _operand(weight, amax, *ctx.how)
+        return reference.gemm(x, operand, scale, bias, scheme.weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x, weight = ctx.saved_tensors
+        x, weight, amax = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # The quantized weight has no name here, so that its memory is free again for the gradient of the master.
-            grad_x = grad_rows.mm(_served(weight, *ctx.how).to(grad.dtype)).view(*grad.shape[:-1], weight.shape[-1])
+            served = _served(weight, amax, *ctx.how).to(grad.dtype)
+            grad_x = grad_rows.mm(served).view(*grad.shape[:-1], weight.shape[-1])
+            del served
         if ctx.needs_input_grad[1]:
             grad_weight = grad_rows.T.mm(x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _operand(weight: Tensor, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> tuple[Tensor, Tensor | None]:
+def _operand(
+    weight: Tensor, amax: Tensor | None, spec: TensorSpec, kernel: Quantizer, kept: Kept | None
+) -> tuple[Tensor, Tensor | None]:
     """What the serving GEMM multiplies with, and the scale that follows it if one does."""
     scale_follows = spec.scale_follows_gemm(weight.shape[-1])
     if kept is not None and kept.what == "codes":
@@ -121,15 +222,105 @@ def _operand(weight: Tensor, spec: TensorSpec, kernel: Quantizer, kept: Kept | N
             return kernel.dequantize_packed(words, None, spec), scale
         return kernel.dequantize_packed(words, scale, spec), None
     if kept is not None:
-        return kept.of(weight, lambda: _operand(weight, spec, kernel, None))
-    if scale_follows:
-        return kernel.quantize(weight, spec, spec.served_dtype)
-    return kernel.fake_quantize(weight, spec), None
+        return kept.of(weight, lambda: _operand(weight, amax, spec, kernel, None))
+    if not scale_follows:
+        return kernel.fake_quantize(weight, spec, amax), None
+    codes, scale, *_ = kernel.quantize(weight, spec, spec.served_dtype, amax)
+    if spec.scale_rule != "nv/6" or amax is None:
+        return codes, scale
+    return reference.operand(Quantized(codes, scale, None, grid.nvfp4_scale(amax)), spec)
 
 
-def _served(weight: Tensor, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> Tensor:
+def _served(weight: Tensor, amax: Tensor | None, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> Tensor:
     """The weight as it is served, through which the gradient flows."""
     if kept is None:
-        return kernel.fake_quantize(weight, spec, again=True)
-    operand, scale = _operand(weight, spec, kernel, kept)
+        return kernel.fake_quantize(weight, spec, amax, again=True)
+    operand, scale = _operand(weight, amax, spec, kernel, kept)
     return operand if scale is None else grid.dequantize(Quantized(operand, scale), spec)
+
+
+# Quantized inputs ----------------------------------------------------------------------------------------------------
+
+
+class SharedInput:
+    """The codes of an input for all layers that see it one after another: q, k and v, or gate and up.
+
+    They are quantized once and kept once for the backward. It holds them until the last of `layers` has had them, and
+    gives them for that very tensor only, unchanged since. Copies and pickles come empty.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._entry: tuple[weakref.ref[Tensor], int, torch.dtype, Quantized] | None = None
+        self._left = 0
+
+    def of(self, input: Tensor, dtype: torch.dtype, compute: Callable[[], Quantized]) -> Quantized:
+        """The codes of `input`, from ``compute()`` unless the layer before had them."""
+        if input.is_inference():  # which has no version to compare
+            return compute()
+        entry = self._entry
+        if entry is not None and (entry[0]() is input and entry[1:3] == (input._version, dtype)):
+            self._left -= 1
+            if self._left <= 0:
+                self._entry = None
+            return entry[3]
+        quantized = compute()
+        self._entry, self._left = (weakref.ref(input), input._version, dtype, quantized), self.layers - 1
+        return quantized
+
+    def __reduce__(self) -> tuple[type[SharedInput], tuple[int]]:
+        return SharedInput, (self.layers,)
+
+
+class _QuantizedInputLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        amax: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        second: Tensor | None,
+        how: tuple[Scheme, bool],
+    ) -> Tensor:
+        scheme, _ = how
+        kernel = kernels.training(scheme, weight.device)
+        w_codes, w_scale, *_ = kernel.quantize(weight, scheme.weights, None, amax)
+        w_second = None if second is None or amax is None else grid.nvfp4_scale(amax)
+        x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
+        clips = x_has_grad and not scheme.activations.dynamic  # type: ignore[union-attr]
+        ctx.how, ctx.kernel = how, kernel
+        ctx.save_for_backward(
+            codes if weight_has_grad or clips else None,
+            scale if weight_has_grad else None,
+            second,
+            weight if x_has_grad else None,
+            amax,
+        )
+        inputs = Quantized(codes, scale, None, second)
+        return kernel.scaled_linear(inputs, Quantized(w_codes, w_scale, None, w_second), scheme, bias, x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        codes, scale, second, weight, amax = ctx.saved_tensors
+        (scheme, in_fp8), kernel = ctx.how, ctx.kernel
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if in_fp8:
+                grad_x = kernel.fp8_input_gradient(grad_rows, weight, scheme.weights, amax)
+            else:
+                grad_x = grad_rows.mm(kernel.fake_quantize(weight, scheme.weights, amax, again=True).to(grad.dtype))
+            grad_x = grad_x.view(*grad.shape[:-1], weight.shape[-1])
+            if not scheme.activations.dynamic:
+                grad_x = grad_x.masked_fill(activations.clipped(codes, scheme.activations), 0)
+        if ctx.needs_input_grad[1]:
+            inputs = kernel.dequantize_activations(Quantized(codes, scale, None, second), grad.dtype)
+            grad_weight = grad_rows.T.mm(inputs.reshape(-1, inputs.shape[-1]))
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_weight, grad_bias, *[None] * 5

@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from lockstep.qat.linear import QATLinear
+from lockstep.qat import learned
+from lockstep.qat.linear import QATLinear, SharedInput
 from lockstep.qat.reuse import Kept, Reuse
-from lockstep.scheme import DTYPES, Scheme
+from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
+
+# Engines run these as one layer: they are quantized alike, and share what is scaled by the tensor.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,35 @@ class PrepareReport:
 
 def prepare(
     model: nn.Module,
-    scheme: str | Scheme,
+    scheme: str | Scheme | Sequence[Rule],
     targets: str | Sequence[str] = ("Linear",),
     ignore: str | Sequence[str] = ("lm_head",),
     reuse: Reuse | None = None,
+    fp8_input_gradient: bool = False,
+    learned_scales: bool = False,
 ) -> PrepareReport:
-    """Make the matching layers of `model` train on the weights that `scheme` will serve.
+    """Make the matching layers of `model` train on the weights, and inputs, that `scheme` will serve.
 
-    Swaps ``module.__class__`` in place: no parameter, buffer or state-dict key is added, so optimizers, checkpoints and
-    sharding see the model that they know. Doing it twice with the same scheme changes nothing but `reuse`, which is as
-    the last call says. Works on the ``meta`` device, where only shapes are checked.
+    Swaps ``module.__class__`` in place: no parameter or state-dict key is added, so optimizers, checkpoints and
+    sharding see the model that they know. The one exception is a scheme with measured input ranges (``FP8``,
+    ``NVFP4``): each layer gets the buffer ``input_scale`` (``input_global_scale``), fp32 ``[1]``, which
+    `lockstep.calibrate` fills. Doing it twice with the same scheme changes nothing but `reuse` and
+    `fp8_input_gradient`, which are as the last call says. Works on the ``meta`` device, where only shapes are checked.
 
     Args:
         model: any module tree with ``nn.Linear`` layers.
-        scheme: a preset's name (``"W4A16"``) or a `Scheme`.
+        scheme: a preset's name (``"W4A16"``), a `Scheme`, or a recipe: a list of `Rule`, of which the first that
+            matches a layer wins, and whose own targets take the place of `targets`.
         targets: what to quantize: class names, exact module names or ``re:`` regexes, as in compressed-tensors.
         ignore: what to leave out, in the same words.
         reuse: what a layer keeps while its master stays as it is, for the micro-batches of an optimizer step and for
             activation checkpointing: ``"codes"`` (half a byte a weight), ``"weight"`` (the dequantized weight), or
             None: nothing, each pass quantizes again. See `lockstep.qat.reuse`. It breaks a ``torch.compile`` graph.
+            For symmetric INT4 weights with inputs as they are.
+        fp8_input_gradient: compute the gradient of a layer's input on fp8 codes, of the incoming gradient by token and
+            of the weight as it is served: faster, less exact. For fp8 schemes scaled by channel or tensor.
+        learned_scales: make the weight scales parameters (``weight_scale``, fp32) that train along: see
+            `lockstep.qat.learned`. For symmetric integer weights. It breaks a ``torch.compile`` graph.
 
     Returns:
         A row for every module that owns parameters: what it trains as, or why it is left as it was.
@@ -104,13 +118,14 @@ def prepare(
 
     Nothing is changed when it raises.
     """
-    scheme, model = Scheme.of(scheme), unwrapped(model)
+    model = unwrapped(model)
     if reuse not in (None, *get_args(Reuse)):
         raise ValueError(f"reuse={reuse!r}: choose {' or '.join(map(repr, get_args(Reuse)))}, or None.")
-    targets, ignore = _patterns(targets), _patterns(ignore)
+    rules = _rules(scheme, _patterns(targets))
+    ignore = _patterns(ignore)
     modules = dict(model.named_modules())
-    matched = _matching(modules, targets)
-    for target, names in matched.items():
+    matched = [_matching(modules, rule.targets) for rule in rules]
+    for target, names in (item for found in matched for item in found.items()):
         if not names:
             raise ValueError(_matches_nothing(target, modules))
     ignored = _matching(modules, ignore)
@@ -119,36 +134,69 @@ def prepare(
             warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=2)
 
     reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
-    chosen = {name: modules[name] for names in matched.values() for name in names if name not in reasons}
+    chosen: dict[str, Scheme] = {}
+    for rule, found in zip(rules, matched, strict=True):
+        for name in (name for names in found.values() for name in names if name not in reasons | chosen):
+            if rule.scheme is None:
+                reasons[name] = f"left as it is by the rule for {', '.join(rule.targets)}"
+            else:
+                chosen[name] = Scheme.of(rule.scheme)
     if not chosen:
-        raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={list(targets)} match.")
+        all_targets = [target for rule in rules for target in rule.targets]
+        raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={all_targets} match.")
     heads = [name for name in chosen if name.endswith(".lm_head")]
     if heads and "lm_head" in ignore:
         raise ValueError(
             f"ignore='lm_head' does not cover {heads[0]}: names start at the module that is prepared. Prepare "
             "the language model itself, or name the head as 're:.*lm_head$'."
         )
-    for name, module in chosen.items():
-        _check(name, module, scheme, parent=modules[name.rpartition(".")[0]])
-        if reuse == "codes" and module.in_features % 8:  # type: ignore[operator]
-            raise ValueError(
-                f"{name}: reuse='codes' packs 8 codes in a word, not {module.in_features} inputs in a row."
-            )
+    for name, wanted in chosen.items():
+        _check(name, modules[name], wanted, parent=modules[name.rpartition(".")[0]])
+        _check_options(name, modules[name], wanted, reuse, fp8_input_gradient, learned_scales)
     for name, module in quantized_modules(model):
-        if module.scheme != scheme or name not in chosen:
-            raise ValueError(_prepared_already(name, module.scheme, scheme))
+        if module.scheme != chosen.get(name):
+            raise ValueError(_prepared_already(name, module.scheme, chosen.get(name)))
+    fused = _fused(chosen)
+    shared = {tuple(siblings): SharedInput(len(siblings)) for siblings in fused.values() if len(siblings) > 1}
 
-    for name, module in chosen.items():
+    for name, wanted in chosen.items():
+        module: Any = modules[name]
         module.__class__ = QATLinear
-        module.scheme, module.qualified_name = scheme, name  # type: ignore[assignment]
-        module.kept = None if reuse is None else Kept(reuse)  # type: ignore[assignment]
-    return PrepareReport(tuple(_rows(modules, reasons, targets)))
+        module.scheme, module.qualified_name = wanted, name
+        module.kept = None if reuse is None else Kept(reuse)
+        module.fp8_input_gradient = fp8_input_gradient
+        module.fused = tuple(modules[sibling] for sibling in fused[name]) if wanted.weights.per_tensor else ()
+        module.shared_input = shared.get(tuple(fused[name])) if wanted.activations is not None else None
+        if learned_scales and learned.KEY not in module._parameters:
+            module.register_parameter(learned.KEY, nn.Parameter(learned.initial_scale(module.weight, wanted.weights)))
+        inputs = wanted.activations
+        if inputs is not None and inputs.stores_scale and inputs.scale_name not in module._buffers:
+            module.register_buffer(inputs.scale_name, torch.full((1,), torch.nan, device=module.weight.device))
+    all_targets = tuple(dict.fromkeys(target for rule in rules for target in rule.targets))
+    return PrepareReport(tuple(_rows(modules, reasons, all_targets)))
 
 
 def unprepare(model: nn.Module) -> None:
-    """Give every prepared layer of `model` its ``nn.Linear`` class back; its master weights stay as trained."""
+    """Give every prepared layer of `model` its ``nn.Linear`` class back; its master weights stay as trained.
+
+    Measured input scales and learned weight scales are dropped.
+    """
     for _, module in list(quantized_modules(model)):
-        del module.scheme, module.qualified_name, module.kept
+        module._parameters.pop(learned.KEY, None)
+        inputs = module.scheme.activations
+        if inputs is not None:
+            module._buffers.pop(inputs.scale_name, None)
+        for name in (
+            "scheme",
+            "qualified_name",
+            "kept",
+            "fused",
+            "shared_input",
+            "observer",
+            "fp8_input_gradient",
+            "_seen",
+        ):
+            vars(module).pop(name, None)
         module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
@@ -157,6 +205,16 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             yield name, module
+
+
+def run_as_one(names: Iterable[str]) -> list[list[str]]:
+    """The layers `names` in the groups that engines run as one layer; others alone."""
+    groups: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        parts = next((parts for parts in FUSED if leaf in parts), leaf)
+        groups.setdefault((parent, parts), []).append(name)
+    return list(groups.values())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -188,9 +246,54 @@ def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> N
         )
     try:
         scheme.weights.num_groups(module.in_features)  # type: ignore[arg-type]
+        if scheme.activations is not None:
+            scheme.activations.num_groups(module.in_features)  # type: ignore[arg-type]
     except ValueError as error:
         shape = (module.out_features, module.in_features)
         raise ValueError(f"{name}, weight of shape {shape}: {error} Or name the module in ignore.") from None
+
+
+def _check_options(
+    name: str, module: Any, scheme: Scheme, reuse: Reuse | None, fp8_input_gradient: bool, learned_scales: bool
+) -> None:
+    weights = scheme.weights
+    if learned_scales and (weights.format not in ("int4", "int8") or weights.scale_rule in ("max/-8", "range/15")):
+        raise ValueError(f"{name}: learned_scales needs symmetric integer weights with positive scales, not {scheme}.")
+    if learned_scales and reuse is not None:
+        raise ValueError(f"{name}: reuse={reuse!r} and learned_scales=True exclude each other: scales change too.")
+    if learned_scales and module.weight.is_meta:
+        raise ValueError(f"{name}: learned scales start from the weights, which are on the meta device.")
+    if reuse is not None and (weights.format != "int4" or not weights.symmetric or scheme.activations):
+        raise ValueError(f"{name}: reuse={reuse!r} keeps symmetric INT4 weights with inputs as they are, not {scheme}.")
+    if reuse == "codes" and module.in_features % 8:
+        raise ValueError(f"{name}: reuse='codes' packs 8 codes in a word, not {module.in_features} inputs in a row.")
+    if fp8_input_gradient and (weights.format != "fp8_e4m3" or weights.strategy not in ("channel", "tensor")):
+        raise ValueError(f"{name}: fp8_input_gradient needs fp8 weights scaled by channel or tensor, not {scheme}.")
+
+
+def _rules(scheme: str | Scheme | Sequence[Rule], targets: Sequence[str]) -> list[Rule]:
+    if isinstance(scheme, str | Scheme):
+        return [Rule(targets, Scheme.of(scheme))]
+    if not scheme or not all(isinstance(rule, Rule) for rule in scheme):
+        raise TypeError(f"a scheme is a preset's name, a Scheme or a list of lockstep.Rule, found {scheme!r}.")
+    rules = [Rule(_patterns(rule.targets), rule.scheme and Scheme.of(rule.scheme)) for rule in scheme]
+    served = {rule.scheme.weights.served_dtype for rule in rules if isinstance(rule.scheme, Scheme)}
+    if len(served) > 1:
+        names = " and ".join(sorted(map(dtype_name, served)))
+        raise ValueError(f"the rules serve in {names}: an engine serves a model in one dtype.")
+    return rules
+
+
+def _fused(chosen: Mapping[str, Scheme]) -> dict[str, list[str]]:
+    """For each layer those that engines run as one with it. ValueError if they are not quantized alike."""
+    fused = {name: siblings for siblings in run_as_one(chosen) for name in siblings}
+    for name, siblings in fused.items():
+        if odd := [sibling for sibling in siblings if chosen[sibling] != chosen[name]]:
+            raise ValueError(
+                f"{name} is to train as {chosen[name]} and {odd[0]} as {chosen[odd[0]]}, but engines run them as one "
+                "layer: give them one scheme."
+            )
+    return fused
 
 
 def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -219,8 +322,8 @@ def _matches_nothing(target: str, modules: dict[str, nn.Module]) -> str:
     return f"target {target!r} matches no module: {advice}. Targets are class names, exact names or 're:' regexes."
 
 
-def _prepared_already(name: str, old: Scheme, new: Scheme) -> str:
-    wanted = f"it cannot train as {new} too" if old != new else "it is not among the modules to quantize now"
+def _prepared_already(name: str, old: Scheme, new: Scheme | None) -> str:
+    wanted = f"it cannot train as {new} too" if new else "it is not among the modules to quantize now"
     return f"{name} is prepared with {old}; {wanted}. Call lockstep.unprepare(model) first."
 
 

@@ -20,7 +20,8 @@ def sqnr_db(weight: Tensor, quantized: Quantized, spec: TensorSpec) -> float:
 def saturation(quantized: Quantized, spec: TensorSpec) -> float:
     """Share of the codes that stand at either end of the code range, from 0 to 1."""
     low, high = spec.code_range
-    return ((quantized.codes == low) | (quantized.codes == high)).float().mean().item()
+    codes = quantized.codes.float()
+    return ((codes == low) | (codes == high)).float().mean().item()
 
 
 def code_flips(codes: Tensor, earlier: Tensor) -> float:

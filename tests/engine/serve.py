@@ -1,22 +1,28 @@
-"""Serve one model folder in vLLM on the CPU and write down what came out.
+"""Serve model folders in vLLM on the CPU, one after the other, and write down what came out.
 
 Run by the engine's own Python (see `install.sh`), never by the package's:
 
-    serve.py FOLDER --prompts prompts.json --output out.json [--readback weights.safetensors] [--max-tokens 16]
+    serve.py REQUESTS.json OUTPUT_FOLDER
 
-`prompts.json` is a list of lists of token ids. The decoding is greedy and does not stop at an end token, so every
-answer holds exactly `--max-tokens` tokens. With `--readback`, the weights that the quantized kernels multiply with are
-written as well, and the prompts answered once more by the engine's plain GEMM on those weights (`readback` in the
-output). A folder that vLLM cannot serve ends in vLLM's own traceback and a non-zero exit status, without an output.
+`REQUESTS.json` holds `prompts`, a list of lists of token ids; `max_tokens`; and `folders`, by a name each. What comes
+of a folder is written to ``NAME.json``. The decoding is greedy and does not stop at an end token, so every answer holds
+exactly `max_tokens` tokens. For a folder that vLLM cannot serve, vLLM's own reason is written as `refused`.
+
+Two things are looked up inside the engine and written to ``NAME.safetensors``. Of each layer with quantized inputs:
+what it was given in its first call and what it made of that, ``LAYER.input`` and ``LAYER.output``. Of each other
+quantized layer: the weight that its kernel multiplies with, ``LAYER.weight``; the prompts are then answered once more
+by the engine's plain GEMM on those weights (`readback` in the answer).
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import math
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +59,51 @@ def kernel_counts(model: torch.nn.Module) -> dict[str, int]:
     return dict(Counter(name(module) for module in model.modules() if isinstance(module, LinearBase)))
 
 
+def quantizes_inputs(layer: Any) -> bool:
+    """Whether the kernel behind a linear layer quantizes what it is given."""
+    return getattr(layer, "scheme", None) is not None and "W8A8" in type(layer.scheme).__name__
+
+
+def record(model: torch.nn.Module) -> Callable[[], dict[str, torch.Tensor]]:
+    """Keep what each layer with quantized inputs is given first, and what it makes of that; call the result to end."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            if f"{name}.input" not in seen:
+                seen[f"{name}.input"] = inputs[0].clone()
+                seen[f"{name}.output"] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return keep
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase) and quantizes_inputs(module)
+    ]
+
+    def finish() -> dict[str, torch.Tensor]:
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    return finish
+
+
+def cache_scales(model: torch.nn.Module) -> dict[str, list[float]]:
+    """What keys and values are divided by on their way to the cache, by the attention's name."""
+    return {
+        name: [module._k_scale.item(), module._v_scale.item()]
+        for name, module in model.named_modules()
+        if hasattr(module, "_k_scale")
+    }
+
+
 @torch.no_grad()
 def read_back(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Read each quantized layer's weight through its own kernel, and put the engine's plain GEMM on it in its place.
+    """Read each weight that is quantized alone through its own kernel, and put the engine's plain GEMM in its place.
 
     An identity matrix as input leaves one product in each output, so no order of additions can hide or fake a bit.
     Returns the weights ``[N, K]`` under the engine's (fused) names, and the layers whose kernel does not multiply with
@@ -66,6 +114,8 @@ def read_back(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[str
     weights, wider = {}, []
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, UnquantizedLinearMethod):
+            continue
+        if quantizes_inputs(layer):
             continue
         identity = torch.eye(layer.input_size, dtype=layer.params_dtype)
         weight = layer.quant_method.apply(layer, identity).T.contiguous()
@@ -83,13 +133,14 @@ def read_back(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[str
     return weights, wider
 
 
-def load(folder: Path, max_model_len: int, dtype: str) -> Any:
+def load(folder: str, max_model_len: int) -> Any:
     """The engine with `folder` in it."""
     import vllm
 
     return vllm.LLM(
-        model=str(folder),
-        dtype=dtype,
+        model=folder,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
         seed=0,
         max_model_len=max_model_len,
         generation_config="vllm",  # no sampling defaults from the folder
@@ -134,32 +185,40 @@ def answer(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any
     }
 
 
-def main() -> None:
-    """Parse the command line, serve, and write the result in one step."""
-    parser = argparse.ArgumentParser(description="Serve one model folder in vLLM on the CPU.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON list of lists of token ids")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--readback", type=Path, help="safetensors file for the weights read back; serves them too")
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
-    prompts = json.loads(args.prompts.read_text())
-    llm = load(args.folder, max(map(len, prompts)) + args.max_tokens, args.dtype)
-
+def serve(folder: str, prompts: list[list[int]], max_tokens: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the engine answers with `folder`, and what was looked up inside it."""
     import vllm
 
-    result = {"engine": {"vllm": vllm.__version__, "torch": torch.__version__}}
-    result |= answer(llm, prompts, args.max_tokens)
-    if args.readback:
-        from safetensors.torch import save_file
+    llm = load(folder, max(map(len, prompts)) + max_tokens)
+    result: dict[str, Any] = {"engine": {"vllm": vllm.__version__, "torch": torch.__version__}}
+    [result["cache_scales"]] = llm.apply_model(cache_scales)
+    [finish] = llm.apply_model(record)
+    result |= answer(llm, prompts, max_tokens)
+    tensors = finish()
+    [(weights, wider)] = llm.apply_model(read_back)
+    if weights:
+        result["readback"] = {"wider_than_read": wider} | answer(llm, prompts, max_tokens)
+    return result, tensors | weights
 
-        [(weights, wider)] = llm.apply_model(read_back)
-        save_file(weights, args.readback)
-        result["readback"] = {"wider_than_read": wider} | answer(llm, prompts, args.max_tokens)
-    partial = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(result) + "\n")
-    os.replace(partial, args.output)
+
+def main() -> None:
+    """Serve each folder of the request, and write its answer in one step."""
+    from safetensors.torch import save_file
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    request, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, folder in request["folders"].items():
+        try:
+            result, tensors = serve(folder, request["prompts"], request["max_tokens"])
+        except Exception as refusal:
+            result, tensors = {"refused": f"{type(refusal).__name__}: {refusal}"}, {}
+        if tensors:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / f"{name}.safetensors")
+        partial = out / f"{name}.{os.getpid()}.tmp"
+        partial.write_text(json.dumps(result) + "\n")
+        os.replace(partial, out / f"{name}.json")
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

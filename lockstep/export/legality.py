@@ -1,0 +1,132 @@
+"""What is refused before it is exported: what a format could not store, or an engine serve as another model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lockstep.export import compressed_tensors, formats
+from lockstep.export.checkpoint import bitwise_equal
+from lockstep.export.directory import ExportError
+from lockstep.export.served import kv_cache_scheme, prepared_cache, quantized_layers, served_state, stored_as
+from lockstep.qat.linear import QATLinear
+from lockstep.qat.prepare import FUSED, run_as_one
+from lockstep.scheme import BLOCK
+
+
+def check_exportable(model: nn.Module, format: str | None = None) -> None:
+    """Refuse what could not be written or served, before anything is written: as far as it shows before training.
+
+    Raises:
+        ExportError: nothing is prepared; a layer does not fit the format or the kernel; projections that engines fuse
+            are not quantized alike; a quantized layer shares its weight with one that is not; the format has no word
+            for several schemes, or for the KV cache.
+        ValueError: an unknown format.
+    """
+    layers = quantized_layers(model)
+    by_layer = stored_as(layers, format)
+    state = served_state(model)
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ExportError(f"{odd[0]} is a {type(state[odd[0]]).__name__}: a checkpoint holds tensors only.")
+    if experts := [key for key, value in state.items() if "experts" in key and value.ndim == 3]:
+        raise ExportError(f"{experts[0]}: this version does not store fused experts under the names that engines load.")
+    _check_tied(model, layers)
+    if lost := [name for name in layers if f"{name}.weight" not in state]:
+        raise ExportError(f"{lost[0]} has no {lost[0]}.weight in the state dict (pruned, or parametrized?).")
+    for name, layer in layers.items():
+        if problem := formats.find(by_layer[name]).problem(layer.out_features, layer.in_features, layer.scheme):
+            raise ExportError(
+                f"{name} cannot be stored as {by_layer[name]}: {problem}. Name it in ignore, or choose a format."
+            )
+    _check_one_scheme(layers, by_layer)
+    _check_fused(model, layers)
+    kv_cache_scheme(model, by_layer)
+
+
+def check_measured(model: nn.Module) -> None:
+    """Refuse ranges that are not measured, or are being measured; layers that engines run as one must share theirs."""
+    layers = quantized_layers(model)
+    scales: dict[str, Tensor | None] = {}
+    for name, layer in layers.items():
+        if layer.observer is not None:
+            raise ExportError(f"{name} is being calibrated: freeze its range before the export.")
+        try:
+            scales[name] = None if layer.weight.is_meta else layer.stored_scale()
+        except ValueError:
+            raise ExportError(f"{name}: the range of its inputs is not measured: run `lockstep calibrate`.") from None
+    for first, *others in run_as_one(layers):
+        for name in others:
+            a, b = scales[first], scales[name]
+            if a is not None and b is not None and not bitwise_equal(a.cpu(), b.cpu()):
+                raise ExportError(
+                    f"{name} has input scale {b.item():g} and {first} {a.item():g}, but engines run them as one layer: "
+                    "calibrate them together."
+                )
+    for name, module in model.named_modules():
+        cache = prepared_cache(module)
+        if cache is None or cache.spec.dynamic:
+            continue
+        if cache.observer is not None:
+            raise ExportError(f"{name}: the range of its keys and values is being measured: freeze it first.")
+        if not all(scale.is_meta or bool((scale > 0).all()) for scale in (module.k_scale, module.v_scale)):
+            raise ExportError(f"{name}: the range of its keys and values is not measured: run `lockstep calibrate`.")
+
+
+def _check_one_scheme(layers: Mapping[str, QATLinear], by_layer: Mapping[str, str]) -> None:
+    """Refuse several schemes where an engine or the format takes but one."""
+    first, *others = layers
+    for name in others:
+        one, other = layers[first].scheme, layers[name].scheme
+        if one.weights.served_dtype != other.weights.served_dtype:
+            raise ExportError(
+                f"{first} is served in {one.weights.served_dtype}, {name} in {other.weights.served_dtype}: an engine "
+                "serves a model in one dtype."
+            )
+        if one != other and formats.find(by_layer[name]).METHOD != compressed_tensors.METHOD:
+            raise ExportError(
+                f"{by_layer[name]} declares one scheme for all layers, found {one} ({first}) and {other} ({name}): "
+                'choose format="auto", or one scheme.'
+            )
+
+
+def _check_fused(model: nn.Module, layers: dict[str, QATLinear]) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for siblings in run_as_one(linear):
+        plain = [name for name in siblings if name not in layers]
+        together = f"engines run {', '.join(siblings)} as one layer"
+        if plain and len(plain) < len(siblings):
+            raise ExportError(f"{plain[0]} is not quantized, but {together}: ignore all or none.")
+        if plain or len(siblings) == 1:
+            continue
+        first = siblings[0]
+        for name in siblings[1:]:
+            if layers[name].scheme != layers[first].scheme:
+                raise ExportError(
+                    f"{name} is quantized as {layers[name].scheme} and {first} as {layers[first].scheme}, but "
+                    f"{together}: give them one scheme."
+                )
+        if layers[first].scheme.weights.strategy == "block":
+            _check_blocks(siblings, layers)
+
+
+def _check_blocks(siblings: list[str], layers: dict[str, QATLinear]) -> None:
+    """Below one another, only the last of several layers may end within a block."""
+    order = {leaf: place for parts in FUSED for place, leaf in enumerate(parts)}
+    for name in sorted(siblings, key=lambda name: order[name.rpartition(".")[2]])[:-1]:
+        if (n := layers[name].out_features) % BLOCK:
+            raise ExportError(
+                f"{name} has {n} outputs, but engines put {', '.join(siblings)} below one another, where each but the "
+                f"last needs a multiple of {BLOCK}: name them in ignore, or choose a scheme by channel."
+            )
+
+
+def _check_tied(model: nn.Module, layers: dict[str, QATLinear]) -> None:
+    weights = {id(layer.weight): name for name, layer in layers.items()}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owner = key.rpartition(".")[0]
+        if owner not in layers and (name := weights.get(id(parameter))):
+            raise ExportError(
+                f"{name} trains quantized but shares its weight with {owner}, which does not: an engine would tie the "
+                f"two and serve one of them otherwise than it trained. Name {name} in ignore, or untie them."
+            )

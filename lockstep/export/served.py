@@ -1,0 +1,100 @@
+"""What of a prepared model is served, and as what: its quantized layers, its other tensors, its KV cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lockstep.export import compressed_tensors, formats
+from lockstep.export.directory import ExportError
+from lockstep.qat import learned
+from lockstep.qat.linear import QATLinear
+from lockstep.scheme import Scheme
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QATLinear]:
+    """The prepared layers of `model` under all of their names. ExportError if there is none."""
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, QATLinear)}
+    if not layers:
+        raise ExportError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
+    return layers
+
+
+def stored_as(layers: Mapping[str, QATLinear], format: str | None) -> dict[str, str]:
+    """The format of each layer: `format`, or its scheme's own.
+
+    Raises:
+        ExportError: `format` cannot store a layer's scheme.
+        ValueError: there is no such format.
+    """
+    if format not in formats.AUTO:
+        formats.find(str(format))
+    chosen = {}
+    for name, layer in layers.items():
+        fitting = formats.fitting(layer.scheme)
+        chosen[name] = fitting[0] if format in formats.AUTO else str(format)
+        if reason := formats.find(chosen[name]).refusal(layer.scheme):
+            raise ExportError(
+                f"{name} cannot be stored as {format}: {layer.scheme}: {reason}. "
+                f"Formats that can: {', '.join(fitting)}."
+            )
+    return chosen
+
+
+def served_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the keys that transformers ties to others when it loads, and without the scales of
+    quantized layers, which are stored with their weights."""
+    left_out = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QATLinear):
+            left_out |= {f"{name}.{scale}" for scale in (learned.KEY, "input_scale", "input_global_scale")}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in left_out}
+
+
+def served_tensor(model: nn.Module, key: str, tensor: Tensor, scheme: Scheme) -> Tensor:
+    """An unquantized tensor as it is served: floats in the served dtype, but for those that the model keeps in fp32.
+
+    The scales of a quantized KV cache stay in fp32 too.
+    """
+    owner, _, leaf = key.rpartition(".")
+    keep = (*(getattr(model, "_keep_in_fp32_modules", None) or ()),)
+    keep += (*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),)
+    if not tensor.is_floating_point() or any(re.search(rf"(^|\.){part}(\.|$)", key) for part in keep):
+        return tensor.detach()
+    if leaf in ("k_scale", "v_scale") and prepared_cache(model.get_submodule(owner)):
+        return tensor.detach()
+    return tensor.detach().to(scheme.weights.served_dtype)
+
+
+def prepared_cache(module: nn.Module) -> Any:
+    """What `lockstep.qat.kv_cache.prepare_kv_cache` hung on an attention `module`, or None."""
+    cache = vars(module).get("kv_cache")
+    if cache is None:
+        return None
+    from lockstep.qat.kv_cache import KVCache  # which loads transformers
+
+    return cache if isinstance(cache, KVCache) else None
+
+
+def kv_cache_scheme(model: nn.Module, by_layer: Mapping[str, str]) -> dict[str, Any] | None:
+    """The ``kv_cache_scheme`` of a model that was prepared for one. ExportError if it cannot be declared."""
+    if not any(map(prepared_cache, model.modules())):
+        return None
+    from lockstep.qat import kv_cache
+
+    spec = kv_cache.kv_cache_spec(model)
+    assert spec is not None
+    format = next(iter(by_layer.values()))
+    if formats.find(format).METHOD != compressed_tensors.METHOD:
+        raise ExportError(
+            f"{format} has no word for a quantized KV cache ({spec}): choose a format of compressed-tensors, or call "
+            "unprepare_kv_cache first."
+        )
+    try:
+        return kv_cache.config(spec)
+    except ValueError as error:
+        raise ExportError(f"{error} To do so call unprepare_kv_cache first.") from error
