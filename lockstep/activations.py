@@ -113,7 +113,7 @@ def _int8_token(groups: Tensor, amax: Tensor, spec: ActivationSpec) -> tuple[Ten
     if spec.engine == "sglang":
         amax = amax.clamp(min=FLOOR)
         scaled = groups * (largest / amax)
-        rounded = (scaled.abs() + 0.5).floor().copysign(scaled)  # exact: |scaled| is below 2**22
+        rounded = scaled.trunc() + (scaled.frac().abs() >= 0.5).float().copysign(scaled)
     else:
         rounded = (groups * _or_zero(amax, largest / amax)).round()
     return amax / largest, rounded.clamp(-128, 127).to(torch.int8)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lockstep.scheme import Scheme
+from lockstep.scheme import Rule, Scheme
+
+if TYPE_CHECKING:
+    from lockstep.export import Checkpoint
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -47,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def align(
     model: str,
     checkpoint: str,
-    scheme: Scheme | str | None = None,
+    scheme: Scheme | str | list[Rule] | None = None,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     kernel: str = "reference",
@@ -60,11 +64,11 @@ def align(
     """Compare a trained model with its exported checkpoint; exit with 1 if they are not aligned.
 
     Args:
-        model: transformers folder with the trained masters.
+        model: transformers folder with the trained masters, and the scales that were measured or learned for them.
         checkpoint: the exported folder.
-        scheme: what the model was trained with, a preset's name or {weights: {group_size: 64}}; default: what the
-            checkpoint itself declares, which cannot find a checkpoint exported with another scheme.
-        targets: what was quantized, as in lockstep.prepare.
+        scheme: what the model was trained with, a preset's name, {weights: {group_size: 64}} or a recipe; default: what
+            the checkpoint itself declares, which cannot find a checkpoint exported with another scheme.
+        targets: what was quantized, as in lockstep.prepare; recipes, and checkpoints of several schemes, have their own.
         ignore: what was left out.
         kernel: the true kernel to compare with; see lockstep kernels.
         device: a torch device; default: the GPU if there is one.
@@ -77,16 +81,23 @@ def align(
 
     import lockstep
     from lockstep.export import Checkpoint
-    from lockstep.loading import load_model, token_batches
+    from lockstep.loading import LEARNED, load_model, load_scales, stored_scales, token_batches
 
     for path, suffix in ((html, ".html"), (json, ".json")):
         if path and Path(path).suffix != suffix:
             raise ValueError(f"{path}: a report is saved as .html or .json.")
     if not Path(model).is_dir():
         raise ValueError(f"{model} is not a folder: MODEL is the transformers folder with the trained masters.")
-    trained_with = Scheme.of(scheme) if scheme else Checkpoint(checkpoint).scheme
+    stored = Checkpoint(checkpoint)
+    rules = (scheme if isinstance(scheme, list) else [Rule(targets, scheme)]) if scheme else _rules_of(stored, targets)
     trained, tokenizer = load_model(model, device)
-    lockstep.prepare(trained, trained_with, targets, ignore)
+    learned = any(key.endswith(LEARNED) for key in stored_scales(model))
+    lockstep.prepare(trained, rules, ignore=ignore, learned_scales=learned)
+    if stored.kv_cache is not None:
+        from lockstep.qat.kv_cache import prepare_kv_cache
+
+        prepare_kv_cache(trained, stored.kv_cache)
+    load_scales(trained, model)
     (batch,) = token_batches(trained, tokenizer, text, max_tokens, size=max_tokens)
 
     report = lockstep.align.compare(trained, checkpoint, batch, kernel)
@@ -95,6 +106,16 @@ def align(
         if path:
             print(f"written: {report.save(path)}")
     return 0 if report.aligned else 1
+
+
+def _rules_of(stored: Checkpoint, targets: Sequence[str]) -> list[Rule]:
+    """What a checkpoint declares: its scheme for `targets`, or each of several schemes for the layers stored so."""
+    schemes: dict[Scheme, list[str]] = {}
+    for name in stored.layers:
+        schemes.setdefault(stored.scheme_of(name), []).append(name)
+    if len(schemes) == 1:
+        return [Rule(targets, stored.scheme)]
+    return [Rule(names, scheme) for scheme, names in schemes.items()]
 
 
 def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:

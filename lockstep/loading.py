@@ -1,9 +1,65 @@
-"""What the commands run on: a transformers folder, and the tokens of a text."""
+"""What the commands run on: a transformers folder, the scales that it stores, and the tokens of a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MEASURED = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+LEARNED = ".weight_scale"
+
+
+def stored_scales(folder: str | Path) -> dict[str, Path]:
+    """The files of the scales that a folder of masters stores beside them, by key; none if it is no such folder.
+
+    ``lockstep calibrate`` writes them, and transformers' ``save_pretrained`` of a prepared model does.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with safe_open(path, "pt") as file:
+            found |= {key: path for key in [*file.keys()] if key.endswith((*MEASURED, LEARNED))}
+    return found
+
+
+def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
+    """Read the scales that `folder` stores into a prepared `model`, as which transformers does not know them.
+
+    Returns:
+        Their keys; none if the model has no place for any.
+
+    Raises:
+        ValueError: a measured scale that the model has is not there; one is no positive number, or of another shape.
+
+    Nothing is changed when it raises. Learned scales that are not there stay as they are.
+    """
+    import torch
+    from safetensors import safe_open
+
+    files = stored_scales(folder)
+    places = {key: tensor for key, tensor in model.state_dict().items() if key.endswith((*MEASURED, LEARNED))}
+    if missing := [key for key in places if key not in files and not key.endswith(LEARNED)]:
+        raise ValueError(
+            f"{folder} stores no {missing[0]}: run lockstep calibrate with the scheme, targets, ignore and KV cache of "
+            "this model."
+        )
+    scales = {}
+    for key in (key for key in places if key in files):
+        with safe_open(files[key], "pt") as file:
+            scales[key] = file.get_tensor(key)
+        found = scales[key]
+        alike = (found.shape, found.dtype) == (places[key].shape, torch.float32)
+        if not alike or not (found.isfinite() & ((found > 0) | key.endswith(LEARNED))).all():
+            wanted = f"{'finite' if key.endswith(LEARNED) else 'positive'} float32 of shape {list(places[key].shape)}"
+            raise ValueError(f"{files[key]}: {key} is not {wanted}: {found.dtype}, {list(found.shape)}.")
+    with torch.no_grad():
+        for key, scale in scales.items():
+            places[key].copy_(scale)
+    return list(scales)
 
 
 def load_model(folder: str, device: str | None = None) -> tuple[Any, Any]:

@@ -49,5 +49,12 @@ class Specialized:
 if not torch.cuda.is_available() and find_spec("triton"):
     from lockstep.kernels import triton_grid
 
-    for name in ("_groups_kernel", "_rows_kernel", "_marlin_kernel", "_dequantize_kernel"):
+    for name in (
+        "_groups_kernel",
+        "_rows_kernel",
+        "_marlin_kernel",
+        "_dequantize_kernel",
+        "_tensor_kernel",
+        "_tiles_kernel",
+    ):
         setattr(triton_grid, name, Specialized(getattr(triton_grid, name)))

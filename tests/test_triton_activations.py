@@ -243,22 +243,6 @@ def test_division_by_a_corrected_reciprocal_is_the_division(rows):
 # GEMMs ---------------------------------------------------------------------------------------------------------------
 
 
-@both_engines
-@every_dtype
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize(("m", "n", "by_token"), [(5, 40, True), (3, 37, False), (3, 2100, False)])
-def test_int8_epilogue_rounds_where_the_engine_does(engine, dtype, has_bias, m, n, by_token):
-    generator = torch.Generator().manual_seed(m * n)
-    sums = torch.randint(-(2**24), 2**24, (m, n), generator=generator, dtype=torch.int32)
-    sums[0, :4] = torch.tensor([2**31 - 1, -(2**31), 0, 2**25 + 1])
-    x_scale = torch.rand(m if by_token else 1, 1, generator=generator) / 100
-    w_scale = torch.rand(n, 1, generator=generator) / 1000
-    bias = randn(n, dtype=dtype) if has_bias else None
-    arguments = [None if one is None else one.to(DEVICE) for one in (sums, x_scale, w_scale, bias)]
-    found = triton_activations.int8_epilogue(*arguments[:3], engine, arguments[3], dtype)
-    assert_same_bits(found, scaled_mm.int8_epilogue(sums, x_scale, w_scale, engine, bias, dtype))
-
-
 def quantized_pair(scheme: Scheme, m: int, n: int, k: int, coarse: bool = False) -> tuple[Quantized, Quantized]:
     """Codes and scales on the device; `coarse` ones have sums that no order of additions rounds."""
     x, w = randn(m, k, dtype=BF16, seed=1), randn(n, k, dtype=BF16, seed=2)

@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lockstep.export.directory import ExportError, check_destination
-from lockstep.export.save import check_exportable, save_pretrained
+from lockstep.export.legality import check_exportable
+from lockstep.export.save import save_pretrained
+from lockstep.loading import load_scales, stored_scales
 from lockstep.qat import kv_cache, observers, statistics
 from lockstep.qat.kv_cache import prepare_kv_cache, spec_of, unprepare_kv_cache
 from lockstep.qat.linear import QATLinear
@@ -33,7 +35,8 @@ class QATCallback(Callback):
     keys: they load with and without the callback, and nothing is converted inside ``fit``.
 
     What is prepared and exported is the transformers model that the LightningModule holds; without one, its only
-    child module; else the LightningModule itself. `targets` and `ignore` are names in that module.
+    child module; else the LightningModule itself. `targets` and `ignore` are names in that module. Scales that the
+    folder of a transformers model stores beside its weights, as ``lockstep calibrate`` writes them, are read from it.
 
     Every `log_every_n_steps` optimizer steps it logs, for each layer and as ``mean`` over them:
     ``qat/sqnr_db/NAME`` (signal-to-quantization-noise ratio of the weight), ``qat/saturation/NAME`` (share of codes at
@@ -48,7 +51,7 @@ class QATCallback(Callback):
         export_dir: where to write the checkpoint of the final weights when ``fit`` ends without an exception, on rank
             zero. Checked before training starts. A ``tokenizer`` attribute of the LightningModule or of the datamodule
             is saved along.
-        export_format: ``"pack-quantized"``, ``"gptq"`` or ``"marlin"``.
+        export_format: see `lockstep.export.save_pretrained`; by default each layer in the format of its own scheme.
         log_every_n_steps: 0 for never.
         overwrite: let the export replace an earlier one.
         reuse: what the layers keep over the micro-batches of an optimizer step, see `lockstep.prepare`.
@@ -56,9 +59,9 @@ class QATCallback(Callback):
         learned_scales: see `lockstep.prepare`.
         kv_cache: what keys and values train as, ``"fp8"``, ``"int8"`` or a `lockstep.KVCacheSpec`; None: as they are.
         calibration_steps: for schemes with measured ranges (``FP8``, ``NVFP4``, a static KV cache): optimizer steps
-            over which they are measured, on training and validation batches, with inputs, keys and values as they are.
-            Then they are frozen, the same on all ranks. 0: they are in the model already. A run that resumes within
-            these steps goes on measuring.
+            over which they are measured, on training batches, with inputs, keys and values as they are. Then they are
+            frozen, the same on all ranks. 0: they are in the model's folder or in the checkpoint that is resumed. A run
+            that resumes within these steps goes on measuring.
         observer: what becomes the range: see `lockstep.qat.observers`.
 
     Raises:
@@ -73,7 +76,7 @@ class QATCallback(Callback):
         ignore: Sequence[str] = ("lm_head",),
         start_step: int = 0,
         export_dir: str | None = None,
-        export_format: str = "pack-quantized",
+        export_format: str | None = None,
         log_every_n_steps: int = 100,
         overwrite: bool = False,
         reuse: Reuse | None = None,
@@ -98,10 +101,12 @@ class QATCallback(Callback):
         self.calibration_steps = calibration_steps
         self.observer: ObserverName = observer
         self._resumed: dict[str, dict[str, Tensor]] | None = None
-        if start_step and (learned_scales or calibration_steps):
+        self._before_validation: dict[str, dict[str, Tensor]] = {}
+        if start_step and (learned_scales or calibration_steps or self._stores_scales()):
             raise ValueError(
                 f"start_step={start_step} adds to the model what the optimizer and checkpoints must know from the "
-                "first step: leave it 0 with learned_scales or calibration_steps."
+                "first step: leave it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured "
+                "ranges."
             )
         self._quantized = False
         self._logged_step = 0
@@ -142,6 +147,15 @@ class QATCallback(Callback):
         self._restore_rotary(pl_module)
         self._follow_schedule(trainer, pl_module)
         self._calibrate(trainer, served_model(pl_module))
+        self._before_validation = {
+            name: {key: value.clone() for key, value in observer.state_dict().items()}
+            for name, observer in _observers(served_model(pl_module)).items()
+        }
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what observers saw of it: which validations a resumed run repeats must not show in its ranges."""
+        for name, observer in _observers(served_model(pl_module)).items():
+            observer.load_state_dict(self._before_validation[name])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in `on_fit_start`."""
@@ -184,6 +198,11 @@ class QATCallback(Callback):
                 f"nothing trained quantized: training ended at step {trainer.global_step}, with "
                 f"start_step={self.start_step}."
             )
+        if _observers(served_model(pl_module)):
+            raise ExportError(
+                f"the ranges of inputs, keys and values are still being measured: training ended at step "
+                f"{trainer.global_step}, with calibration_steps={self.calibration_steps}."
+            )
         if trainer.is_global_zero:
             tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             save_pretrained(
@@ -193,7 +212,8 @@ class QATCallback(Callback):
                 tokenizer=tokenizer,
                 overwrite=self.overwrite,
             )
-            rank_zero_info(f"exported to {self.export_dir} as {self.export_format}, every layer checked bit for bit")
+            as_what = f" as {self.export_format}" if self.export_format else ""
+            rank_zero_info(f"exported to {self.export_dir}{as_what}, every layer checked bit for bit")
         trainer.strategy.barrier("lockstep.export")
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,6 +223,10 @@ class QATCallback(Callback):
         report = self._prepare(model)
         if first:
             rank_zero_info(str(report))
+            self._load_scales(model)
+        # An interrupted fit may have left observers, with which layers do not quantize.
+        observers.unobserve(model)
+        kv_cache.unobserve(model)
         if trainer.state.fn == TrainerFn.FITTING:
             self._logged_codes, self._resumed = {}, None
             if self.calibration_steps:
@@ -212,13 +236,24 @@ class QATCallback(Callback):
                 check_exportable(model, self.export_format)
         self._quantized = True
 
+    def _stores_scales(self) -> bool:
+        rules = self.scheme if isinstance(self.scheme, list) else [Rule(self.targets, self.scheme)]
+        inputs = [Scheme.of(rule.scheme).activations for rule in rules if rule.scheme is not None]
+        static_cache = self.kv_cache is not None and not self.kv_cache.dynamic
+        return static_cache or any(spec is not None and spec.stores_scale for spec in inputs)
+
+    def _load_scales(self, model: nn.Module) -> None:
+        folder = str(getattr(model, "name_or_path", ""))
+        if not self.calibration_steps and stored_scales(folder) and (keys := load_scales(model, folder)):
+            rank_zero_info(f"{len(keys)} scales read from {folder}, the first is {keys[0]}")
+
     def _observe(self, model: nn.Module) -> None:
         storing = [layer for _, layer in quantized_modules(model) if _stores_scale(layer)]
         watched = observers.observe(model, self.observer) if storing else []
         watched += kv_cache.observe(model, self.observer)
         if not watched:
             raise ValueError(
-                f"calibration_steps={self.calibration_steps}, but neither {self.scheme} nor the KV cache has measured "
+                f"calibration_steps={self.calibration_steps}, but no layer's inputs and no KV cache have measured "
                 "ranges: leave it 0."
             )
 

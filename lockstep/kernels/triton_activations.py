@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -26,11 +25,11 @@ from lockstep import activations
 from lockstep.grid import Quantized
 from lockstep.kernels import operators, scaled_mm
 from lockstep.kernels.triton_arithmetic import (
+    _compiled,
     _divide,
     _divide_normal,
     _Launch,
     _magnitude,
-    _multiply_add,
     _power_of_two_up,
     _reciprocal,
     _round,
@@ -93,7 +92,9 @@ def _codes(x, amax, scale, dtype: tl.constexpr, rule: tl.constexpr):
             codes = _integers(lifted * tl.where(infinite, _FAR, tl.where(amax == 0, 0.0, inverse)))
         else:
             x = x * inverse
-            codes = (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32).to(tl.int8)  # towards 0
+            whole = x.to(tl.int32)  # towards 0
+            rest = x - whole.to(tl.float32)
+            codes = (whole + tl.where(rest >= 0.5, 1, tl.where(rest <= -0.5, -1, 0))).to(tl.int8)
     return codes
 
 
@@ -178,30 +179,6 @@ def _dequantize_kernel(
     tl.store(out + row * size + column, _round(value, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _epilogue_kernel(
-    sums, x_scale, w_scale, bias, out, rows,
-    size: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, step: tl.constexpr, sglang: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
-    column = tl.program_id(1) * block + tl.arange(0, block)[None, :]
-    inside = (row < rows) & (column < size)
-    left = tl.load(sums + row * size + column, mask=inside, other=0).to(tl.float32)
-    right = _of_rows(x_scale, row, rows, tile, step)
-    w = tl.load(w_scale + column, mask=column < size, other=0.0)
-    if sglang:
-        right = right * w
-    else:
-        left = left * w
-    right = tl.broadcast_to(right, left.shape)
-    if bias is None:
-        value = left * right
-    else:
-        added = _widen(tl.load(bias + column, mask=column < size, other=0.0))
-        value = _multiply_add(left, right, tl.broadcast_to(added, left.shape))
-    tl.store(out + row * size + column, _round(value, out.dtype.element_ty), mask=inside)
-
-
 @triton.jit
 def _transpose_kernel(codes, out, n: tl.constexpr, k: tl.constexpr, tile: tl.constexpr):
     row = tl.program_id(1).to(tl.int64) * tile + tl.arange(0, tile)
@@ -212,17 +189,6 @@ def _transpose_kernel(codes, out, n: tl.constexpr, k: tl.constexpr, tile: tl.con
 
 
 # The operators -------------------------------------------------------------------------------------------------------
-
-
-def int8_epilogue(
-    sums: Tensor, x_scale: Tensor, w_scale: Tensor, engine: str, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`scaled_mm.int8_epilogue` in one pass: sums int32 ``[M, N]``, scales ``[M, 1]`` or ``[1, 1]`` and ``[N, 1]``."""
-    out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    launch = _epilogue_launch(sums.shape, x_scale.numel() > 1, engine)
-    bias = None if bias is None else bias.contiguous()
-    launch(sums.contiguous(), x_scale.contiguous(), w_scale.contiguous(), bias, out)
-    return out
 
 
 def fp8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -278,12 +244,6 @@ dequantize = operators.dequantize_activations("lockstep::triton_dequantize_activ
 # Launching -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _compiled(*what: Any) -> dict[tuple, Any]:
-    """What was compiled for `what`, whatever the number of tokens: that changes from call to call."""
-    return {}
-
-
 def _tiling(size: int, largest: int) -> tuple[int, int, int]:
     """Rows and columns of a program, and its warps, of 512 numbers each."""
     block = max(8, min(triton.next_power_of_2(size), largest))
@@ -320,13 +280,6 @@ def _dequantize_launch(shape: torch.Size, scales: torch.Size) -> _Launch:
     programs, rows, size, tile, block, warps = _grid(shape, groups)
     arguments = (rows, size, tile, block, step)
     return _Launch(_dequantize_kernel, programs, arguments, warps, _compiled("dequantize", size, step))
-
-
-@lru_cache
-def _epilogue_launch(shape: torch.Size, by_token: bool, engine: str) -> _Launch:
-    programs, rows, size, tile, block, warps = _grid(shape, 1)
-    arguments = (rows, size, tile, block, int(by_token), engine == "sglang")
-    return _Launch(_epilogue_kernel, programs, arguments, warps, _compiled("epilogue", size, by_token, engine))
 
 
 @cache

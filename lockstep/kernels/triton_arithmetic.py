@@ -14,6 +14,7 @@ What it takes to be ``torch.equal`` to plain torch, beside its order of operatio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ class _Launch:
     arguments: tuple[Any, ...]
     warps: int = 4
     compiled: dict[tuple, Any] = field(default_factory=dict)
+    stages: int = 3
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if 0 in self.programs:
@@ -149,6 +151,13 @@ class _Launch:
         if aligned and (compiled := self.compiled.get(key)) is not None:
             compiled[self.programs](*tensors, *self.arguments)
             return
-        launched = self.kernel[self.programs](*tensors, *self.arguments, enable_fp_fusion=False, num_warps=self.warps)
+        options = {"enable_fp_fusion": False, "num_warps": self.warps, "num_stages": self.stages}
+        launched = self.kernel[self.programs](*tensors, *self.arguments, **options)
         if aligned:
             self.compiled[key] = launched
+
+
+@cache
+def _compiled(*what: Any) -> dict[tuple, Any]:
+    """What was compiled for `what`, whatever the number of tokens: that changes from call to call."""
+    return {}

@@ -4,23 +4,28 @@ Sums of int8 products are exact in int32 in any order, and the epilogue is `scal
 ``torch.equal`` to the reference's, whatever the tiles. The sums never go to memory, as they do with ``torch._int_mm``.
 """
 
+# mypy: allow-untyped-defs
+# (what Triton compiles has no Python types)
+
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lockstep.kernels.triton_arithmetic import INTERPRETED, _round, _widen
+from lockstep.kernels.triton_arithmetic import _compiled, _Launch, _multiply_add, _round, _widen
 
 # The fastest on an H200: inputs and outputs of a program, products at a time, programs that share a column of weights.
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP = 128, 128, 64, 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _gemm_kernel(
-    x, weight, x_scales, w_scales, bias, out, m, n, k: tl.constexpr, x_scale_step: tl.constexpr,
-    scales_first: tl.constexpr, masked: tl.constexpr,
+    x, weight, x_scales, w_scales, bias, out, m, n: tl.constexpr, k: tl.constexpr,
+    x_scale_step: tl.constexpr, scales_first: tl.constexpr, masked: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time share rows of the input and of the weight in the cache.
@@ -52,11 +57,8 @@ def _gemm_kernel(
     if bias is None:
         y = left * right
     else:
-        added = tl.broadcast_to(_widen(tl.load(bias + column, mask=column < n, other=0.0))[None, :], left.shape)
-        if INTERPRETED:  # which has no fused multiply-add
-            y = (left.to(tl.float64) * right.to(tl.float64) + added.to(tl.float64)).to(tl.float32)
-        else:
-            y = tl.fma(left, right, added)
+        added = _widen(tl.load(bias + column, mask=column < n, other=0.0))[None, :]
+        y = _multiply_add(left, right, tl.broadcast_to(added, left.shape))
     inside = (row < m)[:, None] & (column < n)[None, :]
     tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], _round(y, out.dtype.element_ty), mask=inside)
 
@@ -65,14 +67,16 @@ def gemm(
     x: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, engine: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`scaled_mm.sums` and `int8_epilogue` in one: codes ``[M, K]`` and ``[N, K]`` to ``[M, N]`` in `dtype`."""
-    (m, k), n = x.shape, weight.shape[0]
+    (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n, dtype=dtype)
-    programs = triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N)
-    _gemm_kernel[(programs,)](
-        *(x.contiguous(), weight.contiguous(), x_scale.contiguous(), w_scale.contiguous(), bias, out, m, n, k),
-        *(int(x_scale.numel() > 1), engine == "sglang", k % BLOCK_K > 0, BLOCK_M, BLOCK_N, BLOCK_K, GROUP),
-        num_warps=4,
-        num_stages=5,
-        enable_fp_fusion=False,
-    )
+    launch = _gemm_launch(m, n, k, x_scale.numel() > 1, engine)
+    tensors = (x.contiguous(), weight.contiguous(), x_scale.contiguous(), w_scale.contiguous())
+    launch(*tensors, None if bias is None else bias.contiguous(), out)
     return out
+
+
+@lru_cache
+def _gemm_launch(m: int, n: int, k: int, by_token: bool, engine: str) -> _Launch:
+    programs = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), 1, 1)
+    arguments = (m, n, k, int(by_token), engine == "sglang", k % BLOCK_K > 0, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
+    return _Launch(_gemm_kernel, programs, arguments, warps=4, stages=5, compiled=_compiled("int8", *arguments[1:6]))

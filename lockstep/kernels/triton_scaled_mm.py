@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lockstep.grid import Quantized
-from lockstep.kernels import operators, scaled_mm
-from lockstep.kernels.triton_activations import _compiled, int8_epilogue
-from lockstep.kernels.triton_arithmetic import INTERPRETED, _Launch, _magnitude, _round, _widen
+from lockstep.kernels import operators, scaled_mm, triton_int8
+from lockstep.kernels.triton_arithmetic import INTERPRETED, _compiled, _Launch, _magnitude, _round, _widen
 from lockstep.scheme import BLOCK, Scheme
 
 BLOCK_N = BLOCK  # one block of weights wide
@@ -123,8 +122,7 @@ def _linear(x: Quantized, weight: Quantized, scheme: Scheme, bias: Tensor | None
     scale = x.scale.reshape(-1, x.scale.shape[-1])
     rows = Quantized(x.codes.reshape(-1, x.codes.shape[-1]), scale)
     if spec.format == "int8":
-        sums = scaled_mm.sums(rows.codes, weight.codes)
-        y = int8_epilogue(sums, scale, weight.scale, scheme.engine, bias, dtype)
+        y = triton_int8.gemm(rows.codes, weight.codes, scale, weight.scale, scheme.engine, bias, dtype)
     elif spec.bits == 4 and rows.codes.is_floating_point():
         with scaled_mm.without_autocast(x.codes.device):
             y = scaled_mm.fp8(rows, fp8_from_int4(weight), None, dtype)

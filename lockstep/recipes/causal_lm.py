@@ -16,10 +16,10 @@ class CausalLM(LightningModule):
     Logs ``train/loss`` and ``val/loss`` in nats, ``val/perplexity``, and the learning rate.
 
     Args:
-        model: a folder or hub name with weights; a folder or file with only a ``config.json``, for random weights; or
+        model: a folder or hub name with weights, and scales by ``lockstep calibrate`` if it has them; a folder or file with only a ``config.json``, for random weights; or
             none, for a Llama of 0.4 million parameters with the vocabulary of the datamodule's tokenizer.
         learning_rate: peak.
-        weight_decay: of the weight matrices; norms and biases have none.
+        weight_decay: of the weight matrices; norms, biases and learned scales have none.
         warmup_steps: optimizer steps until the peak.
         final_share: the learning rate at the last step, as a share of the peak.
         save_dir: write the masters there as an ordinary transformers folder when the fit ends.
@@ -69,8 +69,10 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; linear warm-up, then a cosine down to `final_share`."""
-        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        # Learned scales of weights are matrices too, and must not decay.
+        decays = {name: one.ndim >= 2 and not name.endswith(".weight_scale") for name, one in self.named_parameters()}
+        matrices = [parameter for name, parameter in self.named_parameters() if decays[name]]
+        others = [parameter for name, parameter in self.named_parameters() if not decays[name]]
         groups = [
             {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
             {"params": others, "weight_decay": 0.0},
