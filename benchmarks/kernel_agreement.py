@@ -1,6 +1,6 @@
 """How many outputs of a fake-quantized linear are bit-equal to those of the engine's own kernel, and of its weights.
 
-    python benchmarks/kernel_agreement.py [--device cuda] [--kernels vllm-marlin vllm-cutlass vllm-machete sgl-marlin]
+    python benchmarks/kernel_agreement.py [--device cuda] [--kernels vllm-marlin vllm-cutlass vllm-w4a8]
 
 Three ways to train the same layer, each against the kernel on what that way exports:
 
@@ -55,11 +55,13 @@ QUANTIZED_INPUTS = [
     Scheme.preset("FP8"),
     Scheme.preset("FP8_BLOCK"),
 ]
+W4AFP8 = Scheme.preset("W4AFP8")
 # What each kernel is for; the others are for INT4 weights.
 SCHEMES = {
-    "reference": [*INT4, *WEIGHT_ONLY, *QUANTIZED_INPUTS],
+    "reference": [*INT4, *WEIGHT_ONLY, *QUANTIZED_INPUTS, W4AFP8],
     "vllm-marlin": [*INT4, *WEIGHT_ONLY],
     "vllm-cutlass": QUANTIZED_INPUTS,
+    "vllm-w4a8": [W4AFP8],
     "vllm-machete": [*INT4, WEIGHT_ONLY[0]],
 }
 WAYS = ("lockstep", "scale not rounded", "dequantized matmul")
@@ -131,7 +133,11 @@ def equal_codes(kernel: Kernel, x: Tensor, scheme: Scheme, stored: Tensor | None
     if scheme.activations is None:
         return None
     ours = activations.quantize(x, scheme.activations, stored).codes
-    theirs = vllm.quantize_inputs(x, scheme.activations, stored).codes if kernel.name == "vllm-cutlass" else ours
+    theirs = (
+        vllm.quantize_inputs(x, scheme.activations, stored).codes
+        if kernel.name in ("vllm-cutlass", "vllm-w4a8")
+        else ours
+    )
     return equal(theirs, ours)
 
 
@@ -206,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     options = parse(
         parser,
-        kernels=(["reference"], ["vllm-marlin", "vllm-cutlass", "vllm-machete", "sgl-marlin", "triton"]),
+        kernels=(["reference"], ["vllm-marlin", "vllm-cutlass", "vllm-w4a8", "vllm-machete", "sgl-marlin", "triton"]),
         shapes=([(128, 256)], [(4096, 4096), (11008, 4096)]),
         rows=([16], [1, 16, 512, 4096]),
         seeds=(1, 3),

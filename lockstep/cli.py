@@ -68,7 +68,7 @@ def align(
         checkpoint: the exported folder.
         scheme: what the model was trained with, a preset's name, {weights: {group_size: 64}} or a recipe; default: what
             the checkpoint itself declares, which cannot find a checkpoint exported with another scheme.
-        targets: what was quantized, as in lockstep.prepare; recipes, and checkpoints of several schemes, have their own.
+        targets: what was quantized, as in lockstep.prepare; recipes and checkpoints of several schemes have their own.
         ignore: what was left out.
         kernel: the true kernel to compare with; see lockstep kernels.
         device: a torch device; default: the GPU if there is one.

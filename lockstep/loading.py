@@ -19,7 +19,7 @@ def stored_scales(folder: str | Path) -> dict[str, Path]:
     """
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
         with safe_open(path, "pt") as file:
             found |= {key: path for key in [*file.keys()] if key.endswith((*MEASURED, LEARNED))}

@@ -225,8 +225,8 @@ class ActivationSpec:
         _one_of("activations (format, strategy, group_size, dynamic)", wanted, _ACTIVATIONS)
         if self.engine == "sglang" and (self.format, self.dynamic) == ("int8", False):
             raise ValueError(
-                "static int8 inputs with engine='sglang': SGLang ignores the stored scale and quantizes by token. Choose "
-                "strategy='token', dynamic=True, or engine='vllm'."
+                "static int8 inputs with engine='sglang': SGLang ignores the stored scale and quantizes by token. "
+                "Choose strategy='token', dynamic=True, or engine='vllm'."
             )
         if self.power_of_two and self.group_size != 128:
             raise ValueError("power_of_two=True: only groups of 128 have scales that are rounded up so (DeepGEMM).")
@@ -380,7 +380,7 @@ class Rule:
     """
 
     targets: Sequence[str]
-    scheme: Scheme | str | None
+    scheme: Scheme | str | None = None
 
 
 # What a kernel can multiply: (weights, inputs) by format and grouping.

@@ -673,7 +673,7 @@ def test_kernel_with_one_rounding_less_is_caught(exported, monkeypatch):
     assert named(report.failures()) == sorted(LAYERS)
     assert all(0.2 < layer.equal < 0.95 for layer in report.layers)
     assert re.search(
-        r"q_proj: \d+\.\d+% of the outputs are bit-equal \(at least 99\.800%\), relative difference", str(report)
+        r"q_proj: \d+\.\d+% of the outputs are bit-equal \(at least 99\.700%\), relative difference", str(report)
     )
 
 

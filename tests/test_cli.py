@@ -11,21 +11,26 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import lockstep.recipes
+from lockstep import Scheme
+from lockstep.callbacks import QATCallback
 from lockstep.cli import main
 from lockstep.export import Checkpoint
 from lockstep.kernels import KERNELS
+from lockstep.loading import load_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dirpath has changed.*", "ignore:.*LeafSpec")
 
-RECIPE = Path(lockstep.recipes.__file__).with_name("int4_qat.yaml")
+RECIPE, FP8_RECIPE = (Path(lockstep.recipes.__file__).with_name(f"{name}_qat.yaml") for name in ("int4", "fp8"))
 LAYER = "model.layers.0.mlp.down_proj"
+COMMANDS = ("fit", "validate", "test", "predict", "align", "calibrate", "sensitivity", "plan", "kernels")
 
 
 # A recipe, from the shell ------------------------------------------------------------------------------------------
@@ -37,14 +42,15 @@ class Run(NamedTuple):
     code: int
     directory: Path
     warnings: list[str]
+    name: str = "int4_qat"
 
     @property
     def masters(self) -> Path:
-        return self.directory / "runs/int4_qat/masters"
+        return self.directory / "runs" / self.name / "masters"
 
     @property
     def checkpoint(self) -> Path:
-        return self.directory / "runs/int4_qat/checkpoint"
+        return self.directory / "runs" / self.name / "checkpoint"
 
     @property
     def folders(self) -> list[str]:
@@ -84,17 +90,41 @@ def write_inputs(directory: Path) -> None:
         (directory / "texts" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 20)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    """The recipe as it stands in the package, made small and started as the shell does, in an empty directory."""
-    directory = tmp_path_factory.mktemp("run")
+def fitted(directory: Path, config: Path, *options: str) -> Run:
+    """A recipe made small and started as the shell does, in an empty directory."""
+    directory.mkdir(exist_ok=True)
     write_inputs(directory)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         patch.chdir(directory)
-        patch.setattr(sys, "argv", ["lockstep", "fit", "--config", str(RECIPE), *SMALL])
+        patch.setattr(sys, "argv", ["lockstep", "fit", "--config", str(config), *SMALL, *options])
         warnings.simplefilter("always")
         code = main()
-    return Run(code, directory, [str(warning.message) for warning in caught])
+    return Run(code, directory, [str(warning.message) for warning in caught], config.stem)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """The recipe as it stands in the package."""
+    return fitted(tmp_path_factory.mktemp("run"), RECIPE)
+
+
+def variant(directory: Path, **fields: Any) -> Path:
+    """The FP8 recipe with other fields of its `QATCallback`."""
+    content = yaml.safe_load(FP8_RECIPE.read_text())
+    content["trainer"]["callbacks"][0]["init_args"] |= fields
+    path = directory / FP8_RECIPE.name
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+STATIC = {"scheme": "FP8", "kv_cache": "fp8", "calibration_steps": 4}  # what the recipe's comment says
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory) -> Run:
+    """The FP8 recipe with measured ranges and a quantized cache."""
+    config = variant(tmp_path_factory.mktemp("config"), **STATIC)
+    return fitted(tmp_path_factory.mktemp("static"), config)
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -140,6 +170,26 @@ def test_validate_repeats_the_runs_figures_from_its_checkpoint(run, monkeypatch)
         main(["validate", "--config", str(config), "--ckpt_path", str(checkpoint), f"--trainer.logger={logger}"]) == 0
     )
     assert metrics(run._replace(directory=again), "val/loss") == [pytest.approx(before, rel=1e-6)]
+
+
+def test_the_fp8_recipe_trains_exports_and_aligns_as_it_stands(tmp_path, capsys):
+    run = fitted(tmp_path, FP8_RECIPE)
+    assert run.code == 0
+    losses = metrics(run, "train/loss")
+    assert losses[-1] < losses[0]
+    checkpoint = Checkpoint(run.checkpoint)
+    assert checkpoint.scheme == Scheme.preset("FP8_DYNAMIC")
+    assert len(checkpoint.layers) == 7
+    assert main(["align", *run.folders]) == 0
+    assert "NOT ALIGNED" not in capsys.readouterr().out
+
+
+def test_the_comment_in_the_fp8_recipe_says_what_static_takes():
+    """Taken out of its comment and put in the place of the dynamic scheme, it is a run that works: `static`."""
+    lines = [line.strip().removeprefix("#").strip() for line in FP8_RECIPE.read_text().splitlines() if "#   " in line]
+    said = yaml.safe_load("\n".join(line for line in lines if re.match(r"\w+: ", line)))
+    assert said.keys() == STATIC.keys()
+    assert {**said, "calibration_steps": 4} == STATIC
 
 
 # align -------------------------------------------------------------------------------------------------------------
@@ -220,7 +270,7 @@ def test_a_scheme_other_than_the_checkpoints_is_a_gap(run, capsys):
     """Without --scheme the checkpoint's own word is taken for what was trained."""
     declared = Checkpoint(run.checkpoint).scheme
     code = main(["align", *run.folders, "--scheme", "W4A16"])
-    assert code == int(declared != lockstep.Scheme.preset("W4A16"))
+    assert code == int(declared != Scheme.preset("W4A16"))
     assert ("NOT ALIGNED" in capsys.readouterr().out) is bool(code)
 
 
@@ -229,6 +279,76 @@ def test_align_runs_on_the_device_that_it_is_told(run, tmp_path):
     report = tmp_path / "report.json"
     assert main(["align", *run.folders, "--device", "cpu", "--json", str(report)]) == 0
     assert json.loads(report.read_text())["environment"]["device"].startswith("cpu")
+
+
+def test_align_knows_the_scales_that_were_measured_in_training(static, tmp_path, capsys):
+    """They are in the masters' folder, under keys that transformers leaves out; the checkpoint's cache counts too."""
+    assert static.code == 0
+    assert Checkpoint(static.checkpoint).kv_cache is not None
+    assert main(["align", *static.folders]) == 0
+    assert main(["align", *static.folders, "--scheme", "FP8"]) == 0
+    assert "NOT ALIGNED" not in capsys.readouterr().out
+    folder = copied(static.masters, tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.input_scale"] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["align", str(folder), str(static.checkpoint)]) == 1
+    assert f"{LAYER}: input_scale is [" in capsys.readouterr().out
+
+
+def without(folder: Path, to: Path, key: str) -> Path:
+    """A copy of the masters without a tensor."""
+    folder = copied(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[key]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("key", [f"{LAYER}.input_scale", "model.layers.0.self_attn.v_scale"])
+def test_align_without_the_scales_says_which_and_how_to_get_them(static, tmp_path, capsys, key):
+    folder = without(static.masters, tmp_path / "masters", key)
+    assert main(["align", str(folder), str(static.checkpoint)]) == 2
+    assert f"masters stores no {key}: run lockstep calibrate" in last_line(capsys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
+def test_align_refuses_scales_that_are_none(static, tmp_path, capsys, value):
+    folder = copied(static.masters, tmp_path / "masters")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.input_scale"].fill_(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["align", str(folder), str(static.checkpoint)]) == 2
+    assert f"{LAYER}.input_scale is not positive float32" in last_line(capsys)
+
+
+def test_align_of_a_recipe_takes_each_layers_scheme_from_the_checkpoint(tmp_path, capsys):
+    """And finds a layer that trained as something else, if it is told what they trained as."""
+    recipe = [{"targets": ["re:.*down_proj"], "scheme": "W8A8"}, {"targets": ["Linear"], "scheme": "FP8_DYNAMIC"}]
+    run = fitted(tmp_path / "run", variant(made(tmp_path / "config"), scheme=recipe))
+    assert Checkpoint(run.checkpoint).scheme_of(LAYER) == Scheme.preset("W8A8")
+    assert main(["align", *run.folders]) == 0
+    assert main(["align", *run.folders, "--scheme", json.dumps(recipe)]) == 0
+    assert "NOT ALIGNED" not in capsys.readouterr().out
+    assert main(["align", *run.folders, "--scheme", "FP8_DYNAMIC"]) == 1
+    assert f"{LAYER}: " in capsys.readouterr().out
+
+
+def test_align_knows_scales_that_were_learned(tmp_path, capsys):
+    run = fitted(tmp_path / "run", variant(made(tmp_path / "config"), scheme="W4A16", learned_scales=True))
+    assert f"{LAYER}.weight_scale" in load_file(run.masters / "model.safetensors")
+    assert main(["align", *run.folders]) == 0
+    assert "NOT ALIGNED" not in capsys.readouterr().out
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+def last_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
+    return lines[-1]
 
 
 # What cannot be used -----------------------------------------------------------------------------------------------
@@ -302,6 +422,186 @@ def test_words_that_do_not_parse_are_a_usage_error(capsys, arguments):
     assert "usage: lockstep align" in capsys.readouterr().err
 
 
+# calibrate ---------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_a_folder_to_train_and_align_from(run, tmp_path, capsys, monkeypatch):
+    """The way of a user who has a model and wants FP8: calibrate, fit from the folder, align what comes of it."""
+    out, report = tmp_path / "calibrated", tmp_path / "ranges.json"
+    options = ["--kv_cache", "fp8", "--steps", "2", "--max_tokens", "64", "--json", str(report)]
+    assert main(["calibrate", str(run.masters), str(out), *options]) == 0
+    output = capsys.readouterr().out
+    assert f"written: {out}" in output
+    assert f"written: {report}" in output
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["name"] for row in rows} == set(Checkpoint(run.checkpoint).layers)
+    assert (out / "tokenizer.json").is_file()
+    masters = load_file(run.masters / "model.safetensors")
+    assert {key: masters[key].shape for key in masters} == {
+        key: tensor.shape for path in out.glob("model-0*.safetensors") for key, tensor in load_file(path).items()
+    }
+
+    config = variant(made(tmp_path / "config"), scheme="FP8", kv_cache="fp8")
+    trained = fitted(made(tmp_path / "run"), config, f"--model.init_args.model={out}")
+    assert trained.code == 0
+    stored = load_file(trained.checkpoint / "model.safetensors")
+    measured = load_file(out / "model-input-scales.safetensors")
+    assert len(measured) == 7 + 2
+    assert all(torch.equal(stored[key].flatten(), scale.flatten()) for key, scale in measured.items())
+    assert main(["align", *trained.folders]) == 0
+    assert main(["align", str(out), str(trained.checkpoint)]) == 1  # it was trained since
+    exported(out, tmp_path / "export")
+    assert main(["align", str(out), str(tmp_path / "export")]) == 0
+
+
+def exported(folder: Path, to: Path) -> None:
+    """An export of a calibrated folder as it is."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    lockstep.prepare(model, "FP8")
+    keys = load_scales(model, folder)
+    assert len(keys) == 7
+    lockstep.export.save_pretrained(model, to)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "W4A16"], "no layer stores an input scale"),
+        (["--scheme", "FP9"], "no preset 'FP9'"),
+        (["--observer", "max"], None),
+        (["--kv_cache", "fp4"], "no KV cache format 'fp4'"),
+        (["--steps", "0"], "needs at least one of each"),
+        (["--json", "report.txt"], "a calibration report is saved as .json"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--targets", "[Linera]"], "'Linera' matches no module"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_calibrate_refuses_in_one_line_and_writes_nothing(run, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", str(run.masters), "out", *options]
+    if message is None:  # a choice of words, which the parser refuses with the words that there are
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert "percentile" in capsys.readouterr().err
+    else:
+        assert main(arguments) == 2
+        assert message in last_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_leaves_what_is_there_alone(run, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["calibrate", str(run.masters), str(tmp_path)]) == 2
+    assert "not empty" in last_line(capsys)
+    assert main(["calibrate", "nowhere", str(tmp_path / "out")]) == 2
+    assert "nowhere is not a folder" in last_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# sensitivity -------------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_writes_its_report_its_plot_and_a_recipe_that_trains(run, tmp_path, capsys):
+    """The recipe goes into a config as it is, and the model that it makes fits the budget."""
+    report, plot, recipe = (tmp_path / name for name in ("report.json", "plot.png", "recipe.yaml"))
+    options = ["--schemes", "[W4A16,W8A8]", "--budget", "60kB", "--max_tokens", "256"]
+    written = ["--json", str(report), "--plot", str(plot), "--recipe", str(recipe)]
+    assert main(["sensitivity", str(run.masters), *options, *written]) == 0
+    output = capsys.readouterr().out
+    assert all(f"written: {path}" in output for path in (report, plot, recipe))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    costs = json.loads(report.read_text())["costs"]
+    assert {cost["scheme"] for cost in costs} == {"-", "W4A16", "W8A8"}
+    assert len({cost["unit"] for cost in costs}) == 4
+
+    rules = yaml.safe_load(recipe.read_text())
+    assert {layer for rule in rules for layer in rule["targets"]} == set(Checkpoint(run.checkpoint).layers)
+    chosen = {(layer, rule["scheme"] or "-") for rule in rules for layer in rule["targets"]}
+    sizes = [cost["bytes"] for cost in costs if (cost["layers"][0], cost["scheme"]) in chosen]
+    assert len(sizes) == 4
+    assert sum(sizes) <= 60_000
+    assert None not in {rule["scheme"] for rule in rules}  # the smallest unit in bf16 would not fit
+    trained = fitted(made(tmp_path / "run"), variant(made(tmp_path / "config"), scheme=rules))
+    assert trained.code == 0
+    assert {(name, Checkpoint(trained.checkpoint).scheme_of(name)) for name, _ in chosen} == {
+        (name, Scheme.preset(scheme)) for name, scheme in chosen
+    }
+
+
+def test_a_recipe_that_leaves_layers_as_they_are_is_read_back(run, tmp_path):
+    """With room enough the best is to quantize only what gains by it, or nothing."""
+    from jsonargparse import ArgumentParser
+
+    recipe = tmp_path / "recipe.yaml"
+    options = ["--schemes", "[W4A16]", "--budget", "1MB", "--max_tokens", "256", "--recipe", str(recipe)]
+    assert main(["sensitivity", str(run.masters), *options]) == 0
+    rules = yaml.safe_load(recipe.read_text())
+    assert None in {rule["scheme"] for rule in rules}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(QATCallback, "callback")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callback": {"scheme": rules}}))
+    callback = parser.instantiate(parser.parse_path(tmp_path / "config.yaml")).callback
+    assert [(list(rule.targets), rule.scheme) for rule in callback.scheme] == [
+        (rule["targets"], rule["scheme"]) for rule in rules
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "recipe.yaml"], "--recipe recipe.yaml needs --budget"),
+        (["--budget", "1kB", "--recipe", "recipe.yaml"], "no assignment takes 1,000 bytes or less: the smallest takes"),
+        (["--budget", "much"], "budget"),
+        (["--schemes", "[FP8]"], "FP8 has measured input ranges"),
+        (["--schemes", "[W4A61]"], "no preset 'W4A61'"),
+        (["--json", "report.txt"], "a sensitivity report is saved as"),
+        (["--ignore", "[re:.*]"], "nothing to quantize"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_sensitivity_refuses_in_one_line_and_writes_nothing(run, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sensitivity", str(run.masters), "--max_tokens", "64", *options]) == 2
+    assert message in last_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_reads_a_folder_or_a_config_and_shows_its_arithmetic(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    outputs = []
+    for model in (run.masters, run.masters / "config.json"):
+        assert main(["plan", str(model), "--scheme", "FP8_DYNAMIC", "--kv", "fp8", "--context", "64"]) == 0
+        outputs.append([line for line in capsys.readouterr().out.splitlines() if "│" in line])
+    assert outputs[0] == outputs[1]
+    assert all(any(word in line for line in outputs[0]) for word in ("codes", "KV cache", "saved activations", "H200"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["MASTERS", "--scheme", "FP9"], "no preset 'FP9'"),
+        (["MASTERS", "--kv", "fp4"], "fp4"),
+        (["MASTERS", "--context", "long"], "'long' is no number of tokens"),
+        (["MASTERS", "--targets", "[Linera]"], "'Linera' matches no module"),
+        (["CHECKPOINT"], "is quantized already"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_plan_refuses_in_one_line(run, monkeypatch, capsys, arguments, message):
+    places = {"MASTERS": str(run.masters), "CHECKPOINT": str(run.checkpoint)}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["plan", *(places.get(word, word) for word in arguments)]) == 2
+    assert message in last_line(capsys)
+
+
 # kernels, usage, the console script --------------------------------------------------------------------------------
 
 
@@ -311,15 +611,15 @@ def test_kernels_shows_every_kernel_and_why_it_cannot_run(monkeypatch, capsys, d
     monkeypatch.setenv("COLUMNS", "400")  # no cell of the table is folded
     assert main(["kernels", "--device", device]) == 0
     output = capsys.readouterr().out
-    spec = lockstep.Scheme().weights
+    scheme = Scheme()
     header = next(line for line in output.splitlines() if "operator" in line)
     cells = [cell.strip() for cell in re.split("[┃│]", header) if cell.strip()]
-    assert cells == ["operator", "kernel", "serves", f"{spec} on {device}", "comes from"]
+    assert cells == ["operator", "kernel", "serves", f"{scheme} on {device}", "comes from"]
     for kernel in KERNELS:
         (line,) = [
             line for line in output.splitlines() if f" {kernel.operator} " in line and f" {kernel.name} " in line
         ]
-        reason = kernel.unavailable(spec, torch.device(device))
+        reason = kernel.unavailable(scheme, torch.device(device))
         assert (f"no: {reason}" if reason else "yes") in line
         assert kernel.serves in line
         assert line.rstrip(" │┃").endswith(kernel.origin() or "not installed")
@@ -327,7 +627,7 @@ def test_kernels_shows_every_kernel_and_why_it_cannot_run(monkeypatch, capsys, d
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--scheme", "W8A8"], "not trained by Lockstep yet"), (["--device", "toaster"], "toaster")],
+    [(["--scheme", "W2A16"], "not trained by Lockstep yet"), (["--device", "toaster"], "toaster")],
 )
 def test_kernels_refuses_what_does_not_exist(capsys, options, message):
     assert main(["kernels", *options]) == 2
@@ -341,11 +641,21 @@ def test_usage_lists_every_command(capsys, arguments, code):
     """On stdout when it was asked for, on stderr when it was not."""
     assert main(arguments) == code
     output = capsys.readouterr()
-    assert all(command in (output.err if code else output.out) for command in ("fit", "validate", "align", "kernels"))
+    assert all(command in (output.err if code else output.out) for command in COMMANDS)
     assert not (output.out if code else output.err)
 
 
-@pytest.mark.parametrize(("command", "word"), [("align", "checkpoint"), ("kernels", "device"), ("fit", "--config")])
+EXPLAINED = {
+    "align": "checkpoint",
+    "calibrate": "observer",
+    "sensitivity": "budget",
+    "plan": "context",
+    "kernels": "device",
+    "fit": "--config",
+}
+
+
+@pytest.mark.parametrize(("command", "word"), EXPLAINED.items())
 def test_each_command_explains_itself(monkeypatch, capsys, command, word):
     monkeypatch.setattr(sys, "argv", ["lockstep"])
     with pytest.raises(SystemExit) as stopped:

@@ -601,8 +601,8 @@ SGLANG = Scheme.preset("W8A8", {"engine": "sglang"})
     [
         (Scheme(), (9, 0), "quantized inputs, the scheme leaves them as they are"),
         (SGLANG, (9, 0), "the scheme trains the arithmetic of sglang"),
-        (Scheme.preset("W4A8"), (9, 0), "on Hopper quantizes the inputs to FP8 in any case"),
-        (Scheme.preset("W4AFP8"), (9, 0), "rounds code * scale to e4m3"),
+        (Scheme.preset("W4A8"), (9, 0), "INT8 rows and FP8 tensors, rows and blocks, not int4 g128"),
+        (Scheme.preset("W4AFP8"), (9, 0), "INT8 rows and FP8 tensors, rows and blocks, not int4 g128"),
         (Scheme.preset("NVFP4"), (10, 0), "INT8 rows and FP8 tensors, rows and blocks, not fp4_e2m1"),
         (Scheme.preset("MXFP8"), (10, 0), "INT8 rows and FP8 tensors, rows and blocks, not fp8_e4m3 g32"),
         (SCHEMES["W8A8"], (10, 0), "8.0 to 9.0 (vLLM has no INT8 GEMM for newer ones), cuda has 10.0"),
@@ -1111,6 +1111,37 @@ def test_gpu_outputs_of_quantized_inputs_are_those_of_the_reference(name, rows, 
     for added in (None, bias):
         y = vllm.cutlass(x, quantized, scheme, added, stored)
         assert shares(y, reference.linear(x, quantized, scheme, added, stored)) >= least
+
+
+W4AFP8 = Scheme.preset("W4AFP8")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "capability", "reason"),
+    [
+        (Scheme.preset("W4A8"), (9, 0), "INT4 groups of 128 with FP8 inputs by token, not int4 g128"),
+        (Scheme.preset("FP8_DYNAMIC"), (9, 0), "INT4 groups of 128 with FP8 inputs by token, not fp8_e4m3"),
+        (Scheme.preset("W4AFP8", activations={"engine": "sglang"}), (9, 0), "INT4 groups of 128"),
+        (Scheme.preset("W4AFP8", scale_dtype=FP16, served_dtype=FP16), (9, 0), "its scales and outputs are bfloat16"),
+        (W4AFP8, (8, 9), "9.0, cuda has 8.9"),
+        (W4AFP8, (10, 0), "9.0, cuda has 10.0"),
+    ],
+)
+def test_schemes_and_gpus_that_w4a8_does_not_compute(monkeypatch, scheme, capability, reason):
+    monkeypatch.setattr(engines, "capability", lambda device: capability)
+    assert reason in vllm.w4a8_unavailable(scheme, CUDA)
+
+
+@on_gpu("vllm")
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 256, 256), (16, 4096, 4096), (512, 4096, 4096), (300, 1536, 8192)])
+def test_gpu_outputs_of_w4afp8_are_those_of_the_reference(rows, n, k):
+    if reason := vllm.w4a8_unavailable(W4AFP8, CUDA):
+        pytest.skip(reason)
+    quantized = grid.quantize(randn(n, k, device=CUDA) * 0.02, W4AFP8.weights)
+    x, bias = randn(rows, k, dtype=BF16, seed=1, device=CUDA), randn(n, dtype=BF16, seed=2, device=CUDA)
+    for added in (None, bias):
+        y = vllm.w4a8(x, quantized, W4AFP8, added)
+        assert shares(y, reference.linear(x, quantized, W4AFP8, added)) >= LEAST_EQUAL_INPUTS["fp8_e4m3"]
 
 
 @on_gpu("vllm")

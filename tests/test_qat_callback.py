@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lockstep
-from lockstep import Scheme, grid
+from lockstep import Rule, Scheme, grid
 from lockstep.callbacks import QATCallback
 from lockstep.callbacks.qat import served_model
 from lockstep.export import Checkpoint, ExportError
@@ -691,7 +691,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 def test_two_processes_train_alike_log_once_and_export_once(tmp_path):
     """In DDP both ranks come to the end, also when they choose checkpoints by a ``qat/`` metric."""
-    script = """
+    in_processes(
+        tmp_path,
+        """
         import sys
         sys.path.insert(0, {tests!r})
         import torch
@@ -705,17 +707,8 @@ def test_two_processes_train_alike_log_once_and_export_once(tmp_path):
         run.fit(module, loader())
         assert run.world_size == 2
         torch.save(module.model.state_dict(), f"rank{{run.global_rank}}.pt")
-    """
-    (tmp_path / "run.py").write_text(textwrap.dedent(script).format(tests=str(Path(__file__).parent)))
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "run.py"], cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            assert process.wait(timeout=60) == 0, (tmp_path / "output").read_text()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        """,
+    )
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     model = network()
@@ -723,6 +716,315 @@ def test_two_processes_train_alike_log_once_and_export_once(tmp_path):
     lockstep.prepare(model, "W4A16")
     assert files(lockstep.export.save_pretrained(model, tmp_path / "expected")) == files(tmp_path / "out")
     assert list(rows(tmp_path / "log")) == [0, 1]
+
+
+# Measured ranges ---------------------------------------------------------------------------------------------------
+
+INPUT_SCALES = ("model.up.input_scale", "model.down.input_scale")
+
+
+def static(calibration_steps: int = 3, **options: Any) -> QATCallback:
+    return QATCallback("FP8", calibration_steps=calibration_steps, **options)
+
+
+def scales(module: LightningModule) -> list[float]:
+    return [module.state_dict()[key].item() for key in INPUT_SCALES]
+
+
+class Watches(Callback):
+    """After each batch: the optimizer step, whether anything is measured, and whether both scales are numbers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool, bool]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        measuring = any(layer.observer is not None for layer in (pl_module.model.up, pl_module.model.down))
+        self.seen.append((trainer.global_step, measuring, all(map(math.isfinite, scales(pl_module)))))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ranges_are_frozen_after_exactly_that_optimizer_step(accumulate):
+    """A step too late trains on unquantized inputs, one too early measures other ranges than was asked for."""
+    watches = Watches()
+    module = fit(static(), watches, steps=5, accumulate_grad_batches=accumulate)
+    assert watches.seen == [
+        (step, step < 3, step >= 3) for step in (number // accumulate for number in range(1, 5 * accumulate + 1))
+    ]
+    by_hand_model = network()
+    optimizer = optimizer_of(by_hand_model)
+    lockstep.prepare(by_hand_model, "FP8")
+    lockstep.qat.observers.observe(by_hand_model)
+    losses = []
+    for number in range(5 * accumulate):
+        if number == 3 * accumulate:
+            lockstep.qat.observers.freeze(by_hand_model)
+        loss = loss_of(by_hand_model, number, torch.float32)
+        losses.append(loss.item())
+        (loss / accumulate).backward()
+        if (number + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert module.losses == losses
+    assert scales(module) == [by_hand_model.up.input_scale.item(), by_hand_model.down.input_scale.item()]
+    largest = max(samples(number)[0].abs().max().item() for number in range(3 * accumulate))
+    assert scales(module)[0] == pytest.approx(largest / 448, rel=1e-6)
+
+
+def test_inputs_are_as_they_are_until_then_and_quantized_afterwards():
+    """Until then it is the run whose weights alone are quantized."""
+    plain = fit(QATCallback(log_every_n_steps=0), steps=5)
+    early, late = fit(static(2), steps=5).losses, fit(static(4), steps=5).losses
+    assert early[:2] == late[:2] != plain.losses[:2]
+    assert early[2] != late[2]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4])
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_scales_and_losses(tmp_path, stopped, accumulate, observer):
+    """Within the calibration steps it measures on; at and after their end it keeps what it has and measures nothing.
+    Validation, the sanity check of the resumed run too, adds nothing to the ranges."""
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "val_check_interval": 2, "limit_val_batches": 2}
+
+    def run(steps: int, *callbacks: Callback, ckpt_path: Path | None = None) -> Regression:
+        module = Regression()
+        trainer(static(observer=observer), *callbacks, steps=steps, **options).fit(
+            module, loader(), loader(), ckpt_path=ckpt_path
+        )
+        return module
+
+    whole = run(6)
+    run(stopped, saver(tmp_path, stopped))
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert all(math.isnan(saved["state_dict"][key]) is (stopped < 3) for key in INPUT_SCALES)
+    assert bool(saved["lockstep"]["observers"]) is (stopped < 3)
+    watches = Watches()
+    resumed = run(6, watches, ckpt_path=tmp_path / "saved.ckpt")
+    assert scales(resumed) == scales(whole)
+    assert resumed.losses == whole.losses[stopped * accumulate :]
+    assert [measuring for _, measuring, _ in watches.seen] == [step < 3 for step, _, _ in watches.seen]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_run_that_is_killed_within_its_calibration_goes_on_from_its_last_checkpoint(tmp_path):
+    """As a machine that goes away does it: nothing at all happens after the step at which it stops."""
+    script = """
+        import os, sys
+        sys.path.insert(0, {tests!r})
+        from test_qat_callback import Callback, Regression, fit, saver, static
+
+        class Killed(Callback):
+            def on_train_batch_start(self, trainer, *_):
+                if trainer.global_step == 2:
+                    os.kill(os.getpid(), 9)
+
+        fit(static(), Killed(), saver(".", 1), steps=6)
+    """
+    (tmp_path / "run.py").write_text(textwrap.dedent(script).format(tests=str(Path(__file__).parent)))
+    process = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    whole = fit(static(), steps=6)
+    resumed = fit(static(), steps=6, ckpt_path=tmp_path / "saved.ckpt")
+    assert scales(resumed) == scales(whole)
+    assert resumed.losses == whole.losses[2:]
+
+
+def test_validation_works_before_there_are_ranges_and_changes_none():
+    """The sanity check runs before any batch was seen. Held-out batches must not decide what is clipped."""
+    watches = Watches()
+    module, run = Regression(), trainer(static(), watches, steps=5, val_check_interval=1, limit_val_batches=2)
+    run.fit(module, loader(), loader())
+    assert [step for step, _, _ in watches.seen] == [1, 2, 3, 4, 5]
+    assert len(module.classes("validate")) == 2 + 2 * 5
+    alone = fit(static(), steps=5)
+    assert scales(module) == scales(alone)
+    assert module.losses == alone.losses
+    run.validate(module, loader(), verbose=False)
+    assert scales(module) == scales(alone)
+
+
+def test_a_fit_that_ends_within_its_calibration_is_not_exported(tmp_path):
+    """Its inputs have never been quantized, and there is no scale to write."""
+    run, module = trainer(static(4, export_dir=str(tmp_path / "out")), steps=3), Regression()
+    with pytest.raises(ExportError, match=r"still being measured: training ended at step 3\b.*calibration_steps=4"):
+        run.fit(module, loader())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"up\.input_scale is not measured"):
+        run.validate(module, loader(), verbose=False)  # and does not go on with inputs as they are
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "NVFP4"])
+def test_an_export_with_measured_ranges_holds_those_of_the_training(tmp_path, scheme):
+    """Nothing that is refused before training for want of ranges, which are not there yet."""
+    callback = QATCallback(scheme, calibration_steps=2, export_dir=str(tmp_path / "out"), log_every_n_steps=1)
+    module = fit(callback, steps=4)
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name in LAYERS:
+        layer = getattr(module.model, name)
+        assert checkpoint.stored_scale(name) == layer.stored_scale()
+        assert torch.equal(grid.dequantize(checkpoint.layer(name), layer.scheme.weights), served(layer))
+    assert lockstep.align.compare(module.model, tmp_path / "out", samples(9)[0].bfloat16()).aligned
+
+
+def served(layer: QATLinear) -> Tensor:
+    return grid.dequantize(layer.quantize(), layer.scheme.weights)
+
+
+def test_without_calibration_steps_ranges_come_from_the_model_or_are_missed_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"up\.input_scale is not measured"):
+        fit(QATCallback("FP8"))
+    module = Regression()
+    lockstep.prepare(module.model, "FP8")
+    for layer in (module.model.up, module.model.down):
+        layer.input_scale.fill_(0.01)
+    fit(QATCallback("FP8", export_dir=str(tmp_path / "out")), module=module)
+    assert scales(module) == [pytest.approx(0.01)] * 2
+    assert Checkpoint(tmp_path / "out").stored_scale("up") == module.model.up.input_scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "W4A16", "calibration_steps": 2}, "no layer's inputs and no KV cache have measured ranges"),
+        ({"scheme": "FP8_DYNAMIC", "calibration_steps": 2}, "no layer's inputs and no KV cache have measured ranges"),
+        ({"scheme": "FP8", "calibration_steps": 2, "observer": "max"}, "observer='max': choose minmax"),
+    ],
+)
+def test_calibration_that_measures_nothing_is_refused_before_the_first_step(options, message):
+    module = Regression()
+    with pytest.raises(ValueError, match=message):
+        fit(QATCallback(**options), module=module)
+    assert module.losses == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "FP8", "calibration_steps": 2},
+        {"scheme": "W4A16", "learned_scales": True},
+        {"scheme": "NVFP4"},
+        {"scheme": [Rule(["up"], "W8A8"), Rule(["Linear"], "FP8")]},
+        {"scheme": "W4A16", "kv_cache": "fp8"},
+    ],
+    ids=["calibration", "learned", "measured", "recipe", "cache"],
+)
+def test_a_late_start_is_refused_with_what_a_checkpoint_must_know_from_the_first_step(options):
+    """Scales would be lost when the layers are switched, and checkpoints on either side have other keys."""
+    with pytest.raises(ValueError, match=r"start_step=5 adds to the model"):
+        QATCallback(start_step=5, **options)
+    QATCallback(start_step=5, scheme=[Rule(["up"], None), Rule(["Linear"], "W8A8")], kv_cache="int8_per_token_head")
+
+
+def in_processes(directory: Path, script: str) -> None:
+    """Run `script` as a user starts a run on two processes."""
+    (directory / "run.py").write_text(textwrap.dedent(script).format(tests=str(Path(__file__).parent)))
+    with (directory / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "run.py"], cwd=directory, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            assert process.wait(timeout=120) == 0, (directory / "output").read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_processes_freeze_the_same_scales_of_what_both_have_seen(tmp_path):
+    """Half of the batches has other ranges than all of them. Killed at step 1, they go on to the same."""
+    in_processes(
+        tmp_path,
+        """
+        import sys
+        sys.path.insert(0, {tests!r})
+        import torch
+        from test_qat_callback import Regression, loader, samples, saver, scales, static, trainer
+
+        class Ranks(Regression):
+            def loss(self, where, number):
+                x, y = samples(2 * number + self.global_rank)
+                return torch.nn.functional.mse_loss(self.model(x), y)
+
+        torch.set_num_threads(1)
+        found = []
+        for steps, path in ((1, None), (4, "saved.ckpt"), (4, None)):
+            module = Ranks()
+            run = trainer(
+                static(), saver(".", 1, enable_version_counter=False), steps=steps, strategy="ddp", devices=2
+            )
+            run.fit(module, loader(), ckpt_path=path)
+            found.append(scales(module))
+        assert run.world_size == 2
+        torch.save(found, f"rank{{run.global_rank}}.pt")
+        """,
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first[1:] == second[1:]
+    assert first[1] == first[2]
+    largest = max(samples(number)[0].abs().max().item() for number in range(6))
+    assert first[2][0] == pytest.approx(largest / 448, rel=1e-6)
+
+
+# Learned scales, recipes, other options ----------------------------------------------------------------------------
+
+
+def test_learned_scales_are_in_the_optimizer_move_and_are_exported(tmp_path):
+    """Parameters that come after the optimizer never train; a scale that is not exported is not the trained one."""
+    callback = QATCallback("W4A16", learned_scales=True, export_dir=str(tmp_path / "out"), log_every_n_steps=1)
+    run, module = trainer(callback, saver(tmp_path, 4), steps=4), Regression()
+    run.fit(module, loader())
+    (group,) = run.optimizers[0].param_groups
+    start = network()
+    lockstep.prepare(start, "W4A16", learned_scales=True)
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name in LAYERS:
+        learned = getattr(module.model, name).weight_scale
+        assert any(learned is parameter for parameter in group["params"])
+        assert not torch.equal(learned, getattr(start, name).weight_scale)
+        assert torch.equal(checkpoint.layer(name).scale, learned.detach().bfloat16())
+    assert any(path.name == "saved.ckpt" for path in tmp_path.iterdir())
+
+
+def test_a_run_with_learned_scales_resumes_bit_for_bit(tmp_path):
+    whole = fit(QATCallback(learned_scales=True), steps=5)
+    path = saved_at(tmp_path, 2, QATCallback(learned_scales=True))
+    resumed = fit(QATCallback(learned_scales=True), steps=5, ckpt_path=path)
+    assert resumed.losses == whole.losses[2:]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_recipe_trains_each_layer_as_its_first_rule_says_and_exports_so(tmp_path):
+    recipe = [Rule(["re:.*down"], "W8A8"), Rule(["Linear"], "W4A16")]
+    module = fit(QATCallback(recipe, export_dir=str(tmp_path / "out"), log_every_n_steps=1))
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert (checkpoint.scheme_of("up"), checkpoint.scheme_of("down")) == (Scheme(), Scheme.preset("W8A8"))
+    assert lockstep.align.compare(module.model, tmp_path / "out", samples(9)[0].bfloat16()).aligned
+    kept = fit(QATCallback([Rule(["up"], None), Rule(["Linear"], "W4A16")]))
+    assert [type(kept.model.up), type(kept.model.down)] == [nn.Linear, QATLinear]
+
+
+def test_fp8_input_gradient_is_passed_on():
+    """The first loss is the forward's alone, the second has seen the other gradient."""
+    exact, fast = (fit(QATCallback("FP8_DYNAMIC", fp8_input_gradient=on), steps=3) for on in (False, True))
+    assert fast.model.up.fp8_input_gradient
+    assert exact.losses[0] == fast.losses[0]
+    assert exact.losses[1] != fast.losses[1]
+    with pytest.raises(ValueError, match="fp8_input_gradient needs fp8 weights"):
+        fit(QATCallback("W4A16", fp8_input_gradient=True))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4", "W4A16_ASYM"])
+def test_statistics_of_every_kind_of_code_are_finite_and_of_the_weight_that_trains(tmp_path, scheme):
+    from lockstep.qat import statistics
+
+    run, module = trainer(QATCallback(scheme, log_every_n_steps=1), logger=CSVLogger(tmp_path), steps=3), Regression()
+    run.fit(module, loader())
+    layer, found = module.model.down, run.callback_metrics
+    assert found["qat/sqnr_db/down"] == pytest.approx(
+        statistics.sqnr_db(layer.weight, layer.quantize(), layer.scheme.weights)
+    )
+    assert 10 < found["qat/sqnr_db/mean"] < 60
+    assert 0 < found["qat/saturation/down"] <= 1
+    assert 0 < found["qat/code_flips/down"] < 1
 
 
 # What it refuses ---------------------------------------------------------------------------------------------------
@@ -829,7 +1131,9 @@ class Language(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.llama = tiny_llama()
-        self.value_head = nn.Linear(128, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.value_head = nn.Linear(128, 1)
         self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -863,10 +1167,129 @@ def test_transformers_model_inside_trains_and_exports_under_its_own_names(tmp_pa
     assert torch.equal(loaded.lm_head.weight, module.llama.lm_head.weight.bfloat16())
 
 
+# The KV cache ------------------------------------------------------------------------------------------------------
+
+CACHE_SCALES = [f"llama.model.layers.0.self_attn.{which}_scale" for which in "kv"]
+
+
+def test_a_static_cache_is_measured_frozen_saved_resumed_and_exported(tmp_path):
+    options: dict[str, Any] = {"kv_cache": "fp8", "calibration_steps": 2}
+    whole = fit(QATCallback("FP8", export_dir=str(tmp_path / "out"), **options), module=Language(), steps=4)
+    assert all(whole.state_dict()[key].isfinite() for key in CACHE_SCALES)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert checkpoint.kv_cache == whole_spec("fp8")
+    stored = checkpoint.tensor("model.layers.0.self_attn.k_scale")
+    assert torch.equal(stored.flatten(), whole.state_dict()[CACHE_SCALES[0]].flatten())
+    for stopped in (1, 3):
+        directory = tmp_path / str(stopped)
+        fit(QATCallback("FP8", **options), saver(directory, stopped), module=Language(), steps=stopped)
+        resumed = fit(QATCallback("FP8", **options), module=Language(), steps=4, ckpt_path=directory / "saved.ckpt")
+        assert resumed.losses == whole.losses[stopped:]
+        assert all(torch.equal(resumed.state_dict()[key], whole.state_dict()[key]) for key in CACHE_SCALES)
+    weights_alone = fit(QATCallback("FP8", calibration_steps=2), module=Language(), steps=4)
+    assert weights_alone.losses[:2] == whole.losses[:2]
+    assert weights_alone.losses[2:] != whole.losses[2:]
+
+
+def whole_spec(name: str) -> Any:
+    from lockstep.qat.kv_cache import spec_of
+
+    return spec_of(name)
+
+
+def test_a_static_cache_may_go_with_a_scheme_without_measured_ranges(tmp_path):
+    callback = QATCallback("W4A16", kv_cache="fp8", calibration_steps=2, export_dir=str(tmp_path / "out"))
+    module = fit(callback, module=Language(), steps=3)
+    assert all(module.state_dict()[key].isfinite() for key in CACHE_SCALES)
+    assert Checkpoint(tmp_path / "out").kv_cache == whole_spec("fp8")
+
+
+def test_a_dynamic_cache_needs_no_calibration_and_a_static_one_says_that_it_does():
+    dynamic = fit(QATCallback("W4A16", kv_cache="int8_per_token_head"), module=Language(), steps=3)
+    plain = fit(QATCallback("W4A16"), module=Language(), steps=3)
+    assert list(dynamic.state_dict()) == list(plain.state_dict())
+    assert dynamic.losses[0] != plain.losses[0]
+    with pytest.raises(RuntimeError, match=r"k_scale is \[nan\].*needs calibrated scales"):
+        fit(QATCallback("W4A16", kv_cache="fp8"), module=Language(), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("cache", "error", "message"),
+    [
+        ("fp4", ValueError, "no KV cache format 'fp4': choose fp8"),
+        ("fp8_per_token_head", ExportError, "--kv-cache-dtype fp8_per_token_head"),
+    ],
+)
+def test_a_cache_that_cannot_be_exported_is_refused_before_the_first_step(tmp_path, cache, error, message):
+    module = Language()
+    with pytest.raises(error, match=message):
+        fit(QATCallback("W4A16", kv_cache=cache, export_dir=str(tmp_path / "out")), module=module)
+    assert module.losses == []
+
+
+def test_a_cache_of_a_model_without_attention_is_refused():
+    with pytest.raises(TypeError, match="has no attention that a KV cache can be quantized in"):
+        fit(QATCallback("W4A16", kv_cache="int8_per_token_head"))
+
+
+# A model from a folder with scales ---------------------------------------------------------------------------------
+
+
+class FromFolder(Language):
+    """What users write: a transformers model from a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The masters of a run with measured ranges, saved by transformers with the scales among them."""
+    folder = tmp_path_factory.mktemp("trained")
+    module = fit(QATCallback("FP8", kv_cache="fp8", calibration_steps=2), module=Language(), steps=2)
+    module.llama.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["fit", "validate"])
+def test_scales_that_the_models_folder_stores_are_read_from_it(trained, where):
+    """transformers leaves out the keys that it does not know; without them the first batch is refused."""
+    from safetensors.torch import load_file
+
+    module = FromFolder(trained)
+    module.validation_step = module.training_step  # type: ignore[method-assign]
+    getattr(trainer(QATCallback("FP8", kv_cache="fp8"), steps=1), where)(module, loader())
+    stored = load_file(trained / "model.safetensors")
+    found = {key: value for key, value in module.llama.state_dict().items() if key.endswith("_scale")}
+    assert len(found) == 7 + 2
+    assert all(torch.equal(value, stored[key]) for key, value in found.items())
+
+
+def test_scales_of_the_folder_give_way_to_those_of_a_checkpoint_and_to_new_ones(trained, tmp_path):
+    again = fit(QATCallback("FP8", calibration_steps=1), saver(tmp_path, 1), module=FromFolder(trained), steps=2)
+    resumed = fit(QATCallback("FP8"), module=FromFolder(trained), ckpt_path=tmp_path / "saved.ckpt", steps=3)
+    name = "llama.model.layers.0.mlp.down_proj.input_scale"
+    read = fit(QATCallback("FP8"), module=FromFolder(trained), steps=1)
+    assert torch.equal(resumed.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(read.state_dict()[name], again.state_dict()[name])
+
+
+def test_a_folder_with_some_of_the_scales_alone_is_refused_by_name(tmp_path):
+    module = fit(QATCallback("FP8", calibration_steps=1), module=Language(), steps=1)
+    module.llama.save_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"half stores no model\.layers\.0\.self_attn\.k_scale: run"):
+        fit(QATCallback("FP8", kv_cache="fp8"), module=FromFolder(tmp_path / "half"))
+
+
 # From YAML ---------------------------------------------------------------------------------------------------------
 
 W32 = Scheme.preset("W4A16", group_size=32)
 FP16 = Scheme.preset("W4A16", group_size=32, scale_dtype=torch.float16, served_dtype=torch.float16)
+RECIPE = [Rule(["re:.*up"], "W8A8"), Rule(["Linear"], W32)]
+KEPT = [Rule(["re:.*down"], None), Rule(["Linear"], "FP8_DYNAMIC")]
 
 
 @pytest.mark.parametrize(
@@ -876,8 +1299,10 @@ FP16 = Scheme.preset("W4A16", group_size=32, scale_dtype=torch.float16, served_d
         ("{weights: {group_size: 32}}", W32),
         ("{class_path: lockstep.Scheme, init_args: {weights: {group_size: 32}}}", W32),
         ("{weights: {group_size: 32, scale_dtype: torch.float16, served_dtype: torch.float16}}", FP16),
+        ("[{targets: ['re:.*up'], scheme: W8A8}, {targets: [Linear], scheme: {weights: {group_size: 32}}}]", RECIPE),
+        ("[{targets: ['re:.*down'], scheme: null}, {targets: [Linear], scheme: FP8_DYNAMIC}]", KEPT),
     ],
-    ids=["preset", "fields", "class", "dtypes"],
+    ids=["preset", "fields", "class", "dtypes", "recipe", "recipe-with-null"],
 )
 def test_lightning_cli_builds_it_from_yaml_and_from_the_config_that_it_saves(tmp_path, monkeypatch, scheme, expected):
     """A run is repeated from its ``config.yaml``."""
@@ -901,6 +1326,7 @@ def test_lightning_cli_builds_it_from_yaml_and_from_the_config_that_it_saves(tmp
                   init_args:
                     scheme: {scheme}
                     targets: ["re:.*up"]
+                    kv_cache: null
                     log_every_n_steps: 1
         """)
     )
@@ -920,8 +1346,12 @@ def test_lightning_cli_builds_it_from_yaml_and_from_the_config_that_it_saves(tmp
 
     first = run(tmp_path / "run.yaml")
     assert callback_of(first).scheme == expected
-    assert first.lightning_module.model.up.scheme == expected
-    assert type(first.lightning_module.model.down) is nn.Linear
+    by_hand = network()
+    lockstep.prepare(by_hand, expected, ["up"])
+    for name in LAYERS:
+        layer, wanted = (getattr(model, name) for model in (first.lightning_module.model, by_hand))
+        assert getattr(layer, "scheme", None) == getattr(wanted, "scheme", None)
+        assert type(layer) is type(wanted)
     (saved,) = tmp_path.rglob("config.yaml")
     assert callback_of(run(saved)).scheme == expected
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -326,7 +326,7 @@ def _stores_scale(layer: QATLinear) -> bool:
 def _observers(model: nn.Module) -> dict[str, observers.Observer]:
     """All that measure now, by names that a resumed run has too."""
     layers = {f"{name}.input": layer.observer for name, layer in quantized_modules(model) if layer.observer}
-    return layers | kv_cache.observers_of(model)  # type: ignore[operator]
+    return cast("dict[str, observers.Observer]", layers) | kv_cache.observers_of(model)
 
 
 def served_model(pl_module: LightningModule) -> nn.Module:

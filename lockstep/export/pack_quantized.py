@@ -37,7 +37,7 @@ def refusal(scheme: Scheme) -> str | None:
 def problem(n: int, k: int, scheme: Scheme) -> str | None:
     """Why no engine's kernel takes a layer of N outputs and K inputs, or None.
 
-    vLLM's CPU kernel needs multiples of 32, its Marlin pads to whole tiles; SGLang's needs `marlin.problem`'s shapes.
+    vLLM's CPU kernel needs multiples of 32; Marlin, in SGLang and in vLLM up to 0.22, needs `marlin.problem`'s shapes.
     With FP8 inputs: vLLM's CUTLASS kernel of Hopper needs multiples of 128. INT8 inputs: vLLM 0.22
     reads such a folder on Hopper as one with FP8 inputs, and refuses it elsewhere; later ones quantize the inputs with
     ``--linear-backend humming`` alone.

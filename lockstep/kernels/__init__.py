@@ -182,6 +182,11 @@ KERNELS = (
         origin=vllm.CUTLASS_SCALED_MM.origin,
     ),
     Kernel(
+        *("vllm-w4a8", "linear", "INT4 groups of 128 with FP8 inputs, vLLM's own, Hopper", vllm.w4a8_unavailable),
+        run=vllm.w4a8,
+        origin=vllm.CUTLASS_W4A8_MM.origin,
+    ),
+    Kernel(
         *(
             "vllm-machete",
             "linear",

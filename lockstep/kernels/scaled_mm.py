@@ -141,18 +141,27 @@ def emulated_fp8(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: to
 def fp8_from_int4(weight: Quantized) -> Quantized:
     """INT4 groups as the e4m3 codes and row scales ``[N, 1]`` that vLLM's W4AFP8 kernel multiplies on Hopper.
 
-    It stores a row's group scales ``s`` as e4m3 below ``c = max(max|s| / 448, 1 / (448 * 512))``, divides them by 8 so
-    that 8 times one is still e4m3, and rounds each product with a code to e4m3:
-    ``f = RN(RN(s / c) / 8)``, ``w = sign(q) * RN(|q| * f)``, row scale ``8 * c``.
+    It rounds each product of a code and its group's e4m3 scale to e4m3: ``sign(q) * RN(|q| * f)``, with `split_scales`.
 
-    Source: vLLM ``convert_bf16_scales_to_fp8``, CUTLASS ``mixed_dtype_utils.hpp`` (``pack_scale_fp8``).
+    Source: CUTLASS ``mixed_dtype_utils.hpp`` (``pack_scale_fp8``).
     """
-    scale = weight.scale.float()
+    group, row = split_scales(weight.scale)
+    codes = weight.codes.unflatten(-1, (group.shape[-1], -1)).float()
+    return Quantized(grid.round_to(codes * group.float().unsqueeze(-1), "fp8_e4m3").flatten(-2), row)
+
+
+def split_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Group scales ``[N, G]`` as e4m3 ones ``f`` ``[N, G]`` below fp32 ones by row ``[N, 1]``, as vLLM's W4AFP8 loads.
+
+    With ``c = max(max|s| / 448, 1 / (448 * 512))``: ``f = RN(RN(s / c) / 8)``, so that 8 times one is still e4m3, and
+    the row's is ``8 * c``.
+
+    Source: vLLM ``convert_bf16_scales_to_fp8``.
+    """
+    scale = scale.float()
     largest = scale.new_full((), 448.0)
     row = (scale.abs().amax(-1, keepdim=True) / largest).clamp(min=1.0 / (448.0 * 512.0))
-    group = grid.round_to(grid.round_to(scale / row, "fp8_e4m3").float() / 8, "fp8_e4m3").float()
-    codes = weight.codes.unflatten(-1, (scale.shape[-1], -1)).float()
-    return Quantized(grid.round_to(codes * group.unsqueeze(-1), "fp8_e4m3").flatten(-2), 8 * row)
+    return grid.round_to(grid.round_to(scale / row, "fp8_e4m3").float() / 8, "fp8_e4m3"), 8 * row
 
 
 def _int8(x: Quantized, weight: Quantized, engine: str, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

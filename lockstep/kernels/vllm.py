@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.grid import Quantized
-from lockstep.kernels import engines
+from lockstep.kernels import engines, scaled_mm
 from lockstep.kernels.engines import Engine, Operator
 from lockstep.layouts import marlin as layout
 from lockstep.scheme import ActivationSpec, Scheme, TensorSpec, dtype_name
@@ -87,6 +87,14 @@ MACHETE_MM = Operator(
 )
 # The operators for quantized inputs write into tensors that they are given, and return nothing.
 CUTLASS_SCALED_MM = Operator(VLLM, "_C::cutlass_scaled_mm", given=("out", "a", "b", "a_scales", "b_scales", "bias"))
+ENCODE_INT4 = Operator(VLLM, "_C::cutlass_encode_and_reorder_int4b", given=("B",))
+PACK_SCALE_FP8 = Operator(VLLM, "_C::cutlass_pack_scale_fp8", given=("scales",))
+CUTLASS_W4A8_MM = Operator(
+    VLLM,
+    "_C::cutlass_w4a8_mm",
+    given=("A", "B", "group_scales", "group_size", "channel_scales", "token_scales"),
+    fixed={"out_type": None, "maybe_schedule": None},
+)
 # By (format, strategy) of the activations.
 QUANTIZE_INPUTS = {
     ("int8", "token"): Operator(
@@ -376,11 +384,6 @@ def cutlass_unavailable(scheme: Scheme, device: torch.device) -> str | None:
         return "it multiplies quantized inputs, the scheme leaves them as they are"
     if inputs.engine != "vllm":
         return f"vLLM quantizes the inputs, the scheme trains the arithmetic of {inputs.engine}"
-    if spec.format == "int4":
-        return (
-            "vLLM splits the scales of INT4 groups into e4m3 ones by group and fp32 ones by row when it loads a model, "
-            "rounds code * scale to e4m3, and on Hopper quantizes the inputs to FP8 in any case: no scheme trains that"
-        )
     operator = QUANTIZE_INPUTS.get((inputs.format, inputs.strategy))
     if operator is None or spec.strategy not in ("channel", "tensor", "block"):
         return f"it multiplies INT8 rows and FP8 tensors, rows and blocks, not {scheme}"
@@ -429,6 +432,48 @@ def cutlass(
     )
     y = y[: len(rows)].reshape(*x.shape[:-1], n)
     return y + bias if blocks and bias is not None else y  # as vLLM's layer does
+
+
+def w4a8_unavailable(scheme: Scheme, device: torch.device) -> str | None:
+    """Why vLLM's W4AFP8 kernel cannot compute `scheme` on `device`, or None if it can."""
+    spec, inputs = scheme.weights, scheme.activations
+    kind = (spec.format, spec.group_size, inputs and (inputs.format, inputs.strategy, inputs.engine))
+    if kind != ("int4", 128, ("fp8_e4m3", "token", "vllm")):
+        return f"it multiplies INT4 groups of 128 with FP8 inputs by token, not {scheme}"
+    if spec.served_dtype != torch.bfloat16 or spec.scale_dtype != torch.bfloat16:
+        return f"its scales and outputs are bfloat16, not those of {spec}"
+    operators = (QUANTIZE_INPUTS["fp8_e4m3", "token"], ENCODE_INT4, PACK_SCALE_FP8, CUTLASS_W4A8_MM)
+    return engines.wrong_device(device, lambda found: found == (9, 0), "9.0") or engines.unresolved(*operators)
+
+
+def w4a8(
+    x: Tensor, quantized: Quantized, scheme: Scheme, bias: Tensor | None = None, stored: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias`` by vLLM's input quantizer and ``cutlass_w4a8_mm``: bf16 `x` ``[..., K]`` to ``[..., N]``.
+
+    Raises:
+        ValueError: N or K is not a multiple of 128, or `x` or `bias` has another dtype.
+        EngineUnavailable: vLLM's operators cannot be used here.
+    """
+    inputs, (n, k) = scheme.activations, quantized.codes.shape
+    assert inputs is not None
+    if n % 128 or k % 128:
+        raise ValueError(f"N={n}, K={k}: cutlass_w4a8_mm takes multiples of 128.")
+    rows = engines.rows(x, scheme.weights, bias)
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], n)
+    codes, scale, *_ = quantize_inputs(rows, inputs)
+    group, row = scaled_mm.split_scales(quantized.scale)
+    y = CUTLASS_W4A8_MM(
+        A=codes,
+        B=ENCODE_INT4(B=engines.gptq_words(quantized.codes) ^ -0x77777778),  # two's complement in place of an offset
+        group_scales=PACK_SCALE_FP8(scales=group.T.contiguous()),
+        group_size=128,
+        channel_scales=row,
+        token_scales=scale,
+    )
+    y = y.reshape(*x.shape[:-1], n)
+    return y if bias is None else y + bias  # as vLLM's layer does
 
 
 def quantize_inputs(rows: Tensor, spec: ActivationSpec, stored: Tensor | None = None) -> Quantized:

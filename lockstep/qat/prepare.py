@@ -153,9 +153,9 @@ def prepare(
     for name, wanted in chosen.items():
         _check(name, modules[name], wanted, parent=modules[name.rpartition(".")[0]])
         _check_options(name, modules[name], wanted, reuse, fp8_input_gradient, learned_scales)
-    for name, module in quantized_modules(model):
-        if module.scheme != chosen.get(name):
-            raise ValueError(_prepared_already(name, module.scheme, chosen.get(name)))
+    for name, layer in quantized_modules(model):
+        if layer.scheme != chosen.get(name):
+            raise ValueError(_prepared_already(name, layer.scheme, chosen.get(name)))
     fused = _fused(chosen)
     shared = {tuple(siblings): SharedInput(len(siblings)) for siblings in fused.values() if len(siblings) > 1}
 
@@ -172,8 +172,8 @@ def prepare(
         inputs = wanted.activations
         if inputs is not None and inputs.stores_scale and inputs.scale_name not in module._buffers:
             module.register_buffer(inputs.scale_name, torch.full((1,), torch.nan, device=module.weight.device))
-    all_targets = tuple(dict.fromkeys(target for rule in rules for target in rule.targets))
-    return PrepareReport(tuple(_rows(modules, reasons, all_targets)))
+    every_target = tuple(dict.fromkeys(target for rule in rules for target in rule.targets))
+    return PrepareReport(tuple(_rows(modules, reasons, every_target)))
 
 
 def unprepare(model: nn.Module) -> None:

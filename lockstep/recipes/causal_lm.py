@@ -16,8 +16,9 @@ class CausalLM(LightningModule):
     Logs ``train/loss`` and ``val/loss`` in nats, ``val/perplexity``, and the learning rate.
 
     Args:
-        model: a folder or hub name with weights, and scales by ``lockstep calibrate`` if it has them; a folder or file with only a ``config.json``, for random weights; or
-            none, for a Llama of 0.4 million parameters with the vocabulary of the datamodule's tokenizer.
+        model: a folder or hub name with weights, and the scales that ``lockstep calibrate`` put beside them if it did;
+            a folder or file with only a ``config.json``, for random weights; or none, for a Llama of 0.4 million
+            parameters with the vocabulary of the datamodule's tokenizer.
         learning_rate: peak.
         weight_decay: of the weight matrices; norms, biases and learned scales have none.
         warmup_steps: optimizer steps until the peak.
