@@ -110,11 +110,11 @@ def torchao_fp8(model: nn.Module) -> None:
 
 
 def torchao_int8(model: nn.Module) -> None:
-    """Switch to torchao's general integer fake quantizer, 8 bits, a scale a token and channel."""
+    """Switch to torchao's general integer fake quantizer, 8 bits, a scale a channel; tokens have a zero point there."""
     require("torchao", "torchao", TORCHAO)
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=True)
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weight = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     _torchao(model, QATConfig(activation_config=inputs, weight_config=weight, step="prepare"))
 
@@ -162,7 +162,7 @@ EIGHT_BIT = {
         ),
         Path("lockstep INT8", lambda model: eight_bit(model, "W8A8"), "W8A8"),
         Path("torchao FP8", torchao_fp8, "Float8DynamicActivationFloat8WeightConfig(PerRow())"),
-        Path("torchao INT8", torchao_int8, "IntxFakeQuantizeConfig int8, per_token inputs and per_channel weights"),
+        Path("torchao INT8", torchao_int8, "IntxFakeQuantizeConfig int8, per_token inputs (asymmetric), per_channel weights"),
         Path("ModelOpt FP8", lambda model: modelopt_eight_bit(model, "FP8_DEFAULT_CFG"), "FP8_DEFAULT_CFG"),
         Path("ModelOpt INT8", lambda model: modelopt_eight_bit(model, "INT8_DEFAULT_CFG"), "INT8_DEFAULT_CFG"),
     )

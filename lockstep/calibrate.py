@@ -7,8 +7,8 @@ Of the inputs of layers with a stored scale, and of the keys and values of a sta
 
 ``lockstep calibrate`` does so for a transformers folder and writes another one: the same masters, byte for byte, and
 beside them the scales in fp32, ``[1]`` under ``NAME.input_scale`` (NVFP4: ``NAME.input_global_scale``) with a layer's
-NAME, and under ``NAME.k_scale`` and ``NAME.v_scale`` with an attention module's. `load_scales` reads them into a
-prepared model.
+NAME, and under ``NAME.k_scale`` and ``NAME.v_scale`` with an attention module's. `lockstep.loading.load_scales` reads
+them into a prepared model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.export.directory import EXPORTED, check_destination, replacing
-from lockstep.loading import load_model, token_batches
+from lockstep.loading import as_served, load_model, token_batches
 from lockstep.qat import observers
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Histogram, Observer, ObserverName
@@ -155,6 +154,7 @@ def calibrate(
 
     layers, attention, seen = observers.storing_layers(model), _attention(model), 0
     before = {key: scale.clone() for key, scale in _scales(model).items()}
+    served = next((layer.scheme.weights.served_dtype for _, layer in quantized_modules(model)), torch.float32)
     try:
         if layers or not attention:
             observers.observe(model, observer)
@@ -163,7 +163,7 @@ def calibrate(
         for name, recorder in recorders.items():
             layers[name].observer = recorder
         device = next(model.parameters()).device
-        with torch.no_grad(), _as_served(model, device):
+        with torch.no_grad(), as_served(model, served):
             for batch in _tracked(batches, steps, progress):
                 _call(model, batch, device)
                 seen += 1
@@ -180,38 +180,6 @@ def calibrate(
     rows = tuple(_row(name, layer, ranges[name], *recorded[name]) for name, layer in layers.items())
     kept = {key: scale for key, scale in _scales(model).items() if key.endswith(kv_cache.SCALES)}
     return CalibrationReport(observer, seen, rows, {key: scale.flatten().tolist() for key, scale in kept.items()})
-
-
-def load_scales(model: nn.Module, directory: str | Path) -> list[str]:
-    """Read the scales that ``lockstep calibrate`` has written to `directory` into a prepared model.
-
-    Returns:
-        Their keys.
-
-    Raises:
-        ValueError: the model stores no scale; the folder has none, or no usable one, for some layer.
-
-    Nothing is changed when it raises.
-    """
-    from safetensors.torch import load_file
-
-    path, wanted = Path(directory) / SCALES, _scales(model)
-    if not wanted:
-        raise ValueError(f"no module of this {type(model).__name__} stores a scale: prepare it first.")
-    if not path.is_file():
-        raise ValueError(f"{directory} has no {SCALES}: run lockstep calibrate on it first.")
-    stored = load_file(path)
-    for key, scale in wanted.items():
-        if key not in stored:
-            raise ValueError(f"{path} has no {key}: calibrate with the scheme, targets and ignore of this model.")
-        found = stored[key]
-        alike = (found.shape, found.dtype) == (scale.shape, torch.float32)
-        if not alike or not ((found > 0) & found.isfinite()).all():
-            raise ValueError(f"{path}: {key} is {found}, not positive numbers in fp32 of shape {tuple(scale.shape)}.")
-    with torch.no_grad():
-        for key, scale in wanted.items():
-            scale.copy_(stored[key])
-    return list(wanted)
 
 
 def calibrate_command(
@@ -329,24 +297,6 @@ def _call(model: nn.Module, batch: Batch, device: torch.device) -> None:
         model(batch.to(device))
     else:
         raise TypeError(f"a batch is a mapping (model(**batch)) or a tensor, found {type(batch).__name__}.")
-
-
-@contextmanager
-def _as_served(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, and autocast to the served dtype for wider masters."""
-    served = next((layer.scheme.weights.served_dtype for _, layer in quantized_modules(model)), torch.float32)
-    masters = {parameter.dtype for parameter in model.parameters()}
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            wider = torch.float32 in masters and served != torch.float32
-            if wider and not torch.is_autocast_enabled(device.type):
-                stack.enter_context(torch.autocast(device.type, served))
-            yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 def _tracked(batches: Iterable[Batch] | Batch, steps: int | None, progress: bool) -> Iterator[Batch]:

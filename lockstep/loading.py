@@ -1,12 +1,14 @@
-"""What the commands run on: a transformers folder, the scales that it stores, and the tokens of a text."""
+"""What running a model needs: a transformers folder, its stored scales, the tokens of a text, served precision."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
 MEASURED = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 LEARNED = ".weight_scale"
@@ -37,7 +39,6 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
 
     Nothing is changed when it raises. Learned scales that are not there stay as they are.
     """
-    import torch
     from safetensors import safe_open
 
     files = stored_scales(folder)
@@ -62,9 +63,24 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
     return list(scales)
 
 
+@contextmanager
+def as_served(model: nn.Module, served: torch.dtype) -> Iterator[None]:
+    """Eval mode, and autocast to the served dtype for wider masters, unless the caller has an autocast of their own."""
+    device_type = next(model.parameters()).device.type
+    was_training = {module: module.training for module in model.modules()}
+    wider = served != torch.float32 and any(one.dtype == torch.float32 for one in model.parameters())
+    own = torch.is_autocast_enabled(device_type)
+    model.eval()
+    try:
+        with torch.autocast(device_type, served) if wider and not own else nullcontext():
+            yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
 def load_model(folder: str, device: str | None = None) -> tuple[Any, Any]:
     """The transformers model and tokenizer of a folder, on `device`, by default the GPU if there is one."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

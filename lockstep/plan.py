@@ -21,9 +21,9 @@ Training, all parameters, AdamW, sharded over the GPUs (FSDP, ZeRO-3):
 - saved activations of one GPU: tokens x layers x 2 B x (8 h + 2 x queries + keys + values + 4 x MLP width): of the two
   norms their inputs in fp32 and outputs before the weight (6 h), the inputs of q/k/v and gate/up (2 h), what attention
   keeps, and gate, up, their activation and product. That is what transformers' Llama saves with sdpa; an estimate for
-  other layers. Quantized inputs are saved as codes, by each layer its own, and not in 16 bits, but for o_proj's, which
-  attention keeps too. A static KV cache adds a byte for each key and value: whether it was clipped. With gradient
-  checkpointing: tokens x layers x 2 B x h, and all of one layer.
+  other layers. Quantized inputs are saved as codes, once for layers that see the same one, and not in 16 bits, but for
+  o_proj's, which attention keeps too. A static KV cache adds a byte for each key and value: whether it was clipped.
+  With gradient checkpointing: tokens x layers x 2 B x h, and all of one layer.
 - logits: tokens x vocabulary x 10 B (16 bits, fp32 and its gradient).
 
 A GPU fits if what it needs is at most 90 % of its memory; the rest is for CUDA, fragmentation and communication.
@@ -41,7 +41,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lockstep.scheme import DTYPES, Rule, Scheme, TensorSpec, dtype_name
+from lockstep.qat.prepare import run_as_one
+from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
 
 # GiB that the driver reports, ECC on where the card has it on as delivered.
 GPUS = {
@@ -288,18 +289,6 @@ def tokens(number: str) -> int:
     return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2]]
 
 
-def weight_bytes(spec: TensorSpec, n: int, k: int, packed: bool) -> tuple[int, int, int]:
-    """Bytes of codes, scales and zero points of an ``[n, k]`` weight as engines load it.
-
-    `packed`: whether codes stand in 32-bit words (weight-only integers), which a row has to fill.
-    """
-    row = -(-k * spec.bits // 32) * 4 if packed else -(-k * spec.bits // 8)
-    rows, groups = spec.scale_shape(n, k)
-    zero_points = 0 if spec.symmetric else -(-rows * spec.bits // 32) * 4 * groups
-    global_scale = 4 * (spec.scale_rule == "nv/6")
-    return n * row, rows * groups * spec.scale_dtype.itemsize + global_scale, zero_points
-
-
 def _on_meta(model: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -372,7 +361,7 @@ def _weights(
         for name, (module, other) in chosen.items():
             if other == scheme:
                 try:
-                    sizes.append(weight_bytes(spec, module.out_features, module.in_features, packed))
+                    sizes.append(spec.stored_bytes(module.out_features, module.in_features, packed))
                     if inputs:
                         inputs.num_groups(module.in_features)
                 except ValueError as error:
@@ -545,14 +534,16 @@ def _saved(
 
 def _saved_codes(chosen: Mapping[str, tuple[nn.Linear, Scheme]]) -> tuple[int, int]:
     """Bytes for each token that layers save as codes of their inputs, and of the 16-bit inputs that they do not."""
-    codes, inputs = 0, {}
-    for name, (module, scheme) in chosen.items():
+    codes, inputs = 0, 0
+    for siblings in run_as_one(chosen):
+        module, scheme = chosen[siblings[0]]
         if scheme.activations is not None:
-            parent, _, leaf = name.rpartition(".")
-            codes += module.in_features * scheme.activations.code_dtype.itemsize
-            if leaf not in ("o_proj", "lm_head"):
-                inputs[parent, module.in_features] = 2 * module.in_features
-    return codes, sum(inputs.values())
+            # Layers that see one input share its codes, unless each has a measured scale of its own.
+            times = len(siblings) if scheme.activations.stores_scale else 1
+            codes += times * module.in_features * scheme.activations.code_dtype.itemsize
+            if siblings[0].rpartition(".")[2] not in ("o_proj", "lm_head"):
+                inputs += 2 * module.in_features
+    return codes, inputs
 
 
 def _gib(size: int) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 Strategy = Literal["group", "channel", "tensor", "block"]
-Engine = Literal["vllm", "sglang"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCK = 128  # rows and columns of a block, as DeepSeek-V3 and its kernels have them
 
@@ -162,6 +161,17 @@ class TensorSpec:
         """Rows and columns of the scales of `n` x `k` weights."""
         rows = {"tensor": 1, "block": -(-n // BLOCK)}.get(self.strategy, n)
         return rows, self.num_groups(k)
+
+    def stored_bytes(self, n: int, k: int, packed: bool) -> tuple[int, int, int]:
+        """Bytes of codes, scales and zero points of an ``[n, k]`` weight as engines load it.
+
+        `packed`: whether codes stand in 32-bit words (weight-only integers), which a row has to fill.
+        """
+        row = -(-k * self.bits // 32) * 4 if packed else -(-k * self.bits // 8)
+        rows, groups = self.scale_shape(n, k)
+        zero_points = 0 if self.symmetric else -(-rows * self.bits // 32) * 4 * groups
+        global_scale = 4 * (self.scale_rule == "nv/6")
+        return n * row, rows * groups * self.scale_dtype.itemsize + global_scale, zero_points
 
     def scale_follows_gemm(self, k: int) -> bool:
         """Whether a weight-only kernel multiplies by the (row's or tensor's) scale after the GEMM, not before it.
@@ -379,7 +389,7 @@ class Rule:
     >>> recipe = [Rule(["re:.*down_proj"], "W8A8"), Rule(["Linear"], "W4A16")]  # the first that matches wins
     """
 
-    targets: Sequence[str]
+    targets: str | Sequence[str]
     scheme: Scheme | str | None = None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lockstep.loading import as_served
 from lockstep.qat.prepare import prepare, quantized_modules, run_as_one, unprepare, unwrapped
 from lockstep.scheme import Rule, Scheme
 
@@ -107,6 +108,14 @@ class SensitivityReport:
                 table.add_row(cost.unit, cost.scheme, f"{cost.increase:+.6f}", f"{cost.bytes:,}")
         return table
 
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -122,7 +131,8 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure what each scheme costs each unit of `model` in mean loss over `batches`.
 
-    The model runs in eval mode, once over all batches for each unit and scheme, and is left as it was.
+    The model runs in eval mode and in the precision that is served, once over all batches for each unit and scheme,
+    and is left as it was.
 
     Args:
         model: a model that is not prepared.
@@ -148,13 +158,9 @@ def sensitivity(
     prepare(model, schemes[0], targets, ignore)
     names = [name for name, _ in quantized_modules(model)]
     unprepare(model)
-    training = model.training
-    model.eval()
-    try:
+    with as_served(model, Scheme.of(schemes[0]).weights.served_dtype):
         start = _mean(model, batches, loss)
         costs = [cost for unit in run_as_one(names) for cost in _costs(model, unit, schemes, batches, loss, start)]
-    finally:
-        model.train(training)
     return SensitivityReport(start, tuple(costs))
 
 
@@ -168,12 +174,12 @@ def _costs(
     for scheme in schemes:
         prepare(model, scheme, layers, ())
         try:
-            quantized = [layer.quantize() for _, layer in quantized_modules(model)]
             increase = _mean(model, batches, loss) - start
         finally:
             unprepare(model)
-        bits = Scheme.of(scheme).weights.bits
-        size = sum(one.codes.numel() * bits // 8 + _bytes(one.scale) + _bytes(one.zero_point) for one in quantized)
+        spec = Scheme.of(scheme).weights
+        packed = spec.format == "int4" or (spec.format == "int8" and Scheme.of(scheme).activations is None)
+        size = sum(sum(spec.stored_bytes(w.shape[0], w.shape[1], packed)) for w in weights)
         costs.append(Cost(unit, tuple(layers), scheme, increase, size))
     return costs
 
@@ -214,10 +220,6 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if found is None:
         raise ValueError("the model returned no loss: put labels into the batches, or pass loss=.")
     return found
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 def sensitivity_command(

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lockstep
 from lockstep import KVCacheSpec, Scheme
-from lockstep.calibrate import SCALES, CalibrationReport, calibrate, calibrate_command, load_scales
+from lockstep.calibrate import SCALES, CalibrationReport, calibrate, calibrate_command
 from lockstep.export import ExportError
+from lockstep.loading import load_scales
 from lockstep.qat import kv_cache
 from lockstep.qat.observers import observe
 

@@ -1066,8 +1066,10 @@ def test_gpu_outputs_of_every_format_are_those_of_the_reference(spec, rows):
     y = vllm.marlin(x, quantized, spec)
     assert shares(y, reference_linear(x, quantized, spec)) >= LEAST_EQUAL[spec.served_dtype]
     with_bias = vllm.marlin(x, quantized, spec, bias)
-    if spec.format == "int4" and spec.group_size is None:  # one rounding
-        assert shares(with_bias, reference_linear(x, quantized, spec, bias)) >= LEAST_EQUAL[spec.served_dtype]
+    if spec.format == "int4" and spec.group_size is None:
+        # One rounding as a rule; with zero points and few rows the compiler has not joined product and sum.
+        joined = shares(with_bias, reference_linear(x, quantized, spec, bias)) >= LEAST_EQUAL[spec.served_dtype]
+        assert joined or (not spec.symmetric and torch.equal(with_bias, y + bias))
     else:
         assert torch.equal(with_bias, y + bias)
 

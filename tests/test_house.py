@@ -30,7 +30,9 @@ HEIGHT = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 ATTRIBUTES = {
     **dict.fromkeys(("prepare", "unprepare", "PrepareReport"), "qat"),
     **dict.fromkeys(("Scheme", "TensorSpec", "ActivationSpec", "KVCacheSpec", "Rule"), "scheme"),
-    "CalibrationReport": "calibrate", "Plan": "plan", "SensitivityReport": "sensitivity",
+    "CalibrationReport": "calibrate",
+    "Plan": "plan",
+    "SensitivityReport": "sensitivity",
 }
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -23,7 +23,7 @@ from transformers import (
 
 import lockstep
 from lockstep import Scheme, grid
-from lockstep.plan import GIB, GPUS, Line, Plan, plan, plan_command, tokens, weight_bytes
+from lockstep.plan import GIB, GPUS, Line, Plan, plan, plan_command, tokens
 from lockstep.qat.kv_cache import SPECS, prepare_kv_cache, quantize, token_scale
 from lockstep.scheme import PRESETS, Rule
 
@@ -73,7 +73,7 @@ def test_a_layer_takes_what_its_codes_and_scales_take(name):
     """Against the tensors of the reference arithmetic, codes packed as their bits allow."""
     spec = PRESETS[name].weights
     quantized = grid.quantize(torch.randn(192, 256).to(torch.bfloat16), spec)
-    codes, scales, zero_points = weight_bytes(spec, 192, 256, packed=spec.format.startswith("int"))
+    codes, scales, zero_points = spec.stored_bytes(192, 256, packed=spec.format.startswith("int"))
     assert codes == quantized.codes.numel() * spec.bits // 8
     extra = [tensor.nbytes for tensor in quantized[3:] if tensor is not None]
     assert scales == quantized.scale.nbytes + sum(extra)
@@ -86,7 +86,7 @@ def test_packed_rows_and_zero_points_fill_words():
     spec = Scheme.preset("W4A16_ASYM", strategy="channel").weights
     codes = pack_to_int32(torch.zeros(12, 36, dtype=torch.int8), 4)
     zero_points = pack_to_int32(torch.zeros(12, 1, dtype=torch.int8), 4, packed_dim=0)
-    assert weight_bytes(spec, 12, 36, packed=True) == (codes.nbytes, 12 * 2, zero_points.nbytes)
+    assert spec.stored_bytes(12, 36, packed=True) == (codes.nbytes, 12 * 2, zero_points.nbytes)
 
 
 @pytest.mark.parametrize("kv", ["fp8", "int8_per_token_head"])

@@ -200,7 +200,8 @@ def test_the_engine_of_the_scheme_chooses_the_order():
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_native_fp8_is_the_emulated_one_within_its_accumulation(name, m, n, k, bias, dtype):
     """The products are exact in fp32; the order of the sums, and so a rounding at a tie, is the backend's."""
-    assert scaled_mm.has_native("fp8_e4m3", CPU)
+    if not scaled_mm.has_native("fp8_e4m3", CPU):
+        pytest.skip("this torch has no fp8 GEMM with a scale for each row on the CPU")
     _, x, w = case(name, m, n, k)
     b = randn(n, seed=2).to(dtype) if bias else None
     native, emulated = (gemm(x, w, b, dtype) for gemm in (scaled_mm.fp8, scaled_mm.emulated_fp8))

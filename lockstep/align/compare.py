@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equa
 from lockstep.export.save import quantization_config, served_state, served_tensor
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel, scaled_mm
+from lockstep.loading import as_served
 from lockstep.qat.linear import QATLinear, compute_dtype
 from lockstep.qat.prepare import quantized_modules, unwrapped
 from lockstep.scheme import BLOCK, Scheme, TensorSpec, dtype_name
@@ -89,7 +89,7 @@ def compare(
     }
     watch = {row.name: partial(_watch, row, layers[row.name], serve[row.name]) for row in rows if row.name in serve}
     true = None
-    with _as_served(model, served):
+    with as_served(model, served):
         fake = _logits(model, batch, watch)
         if len(serve) == len(layers) and plain is not None:
             true = _logits(model, batch, serve, plain)
@@ -418,24 +418,6 @@ def _classic(layer: QATLinear, x: Tensor) -> Tensor:
         x = activations.dequantize(activations.quantize(x, inputs, layer.stored_scale()), x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, grid.dequantize(layer.quantize(), spec).to(x.dtype), bias)
-
-
-@contextmanager
-def _as_served(model: nn.Module, served: torch.dtype) -> Iterator[None]:
-    """Eval mode, and autocast to the served dtype for wider masters, unless the caller has an autocast of their own."""
-    parameter = next(model.parameters())
-    device_type = parameter.device.type
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            wider = parameter.dtype == torch.float32 and served != torch.float32
-            if wider and not torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, served))
-            yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 def _logits(

@@ -17,8 +17,9 @@ from lockstep.scheme import Scheme, dtype_name
 # Share of bit-equal outputs that a serving kernel reaches against our forward, by (kind, dtype): a little under what
 # was measured on an H200 (docs/alignment.md). Weights alone: vLLM's Marlin, 99.78 % and more. Quantized inputs: vLLM's
 # cutlass_scaled_mm, int8 100 %, fp8 99.997 % and more, here with room for other shapes.
-# What is not in the table (blocks, int4 and fp4 with quantized inputs, fp32) has no such kernel, or one that adds in
-# another order: there the size of the difference decides alone, and 1e-3 is about 3 % of bf16 outputs off by one.
+# What is not in the table (blocks, int4 and fp4 with quantized inputs, fp32) has no such kernel, one that adds in
+# another order, or too few measurements: there the size of the difference decides alone, and 1e-3 is about 3 % of bf16
+# outputs off by one.
 REACHABLE_EQUAL = {
     ("grouped", torch.bfloat16): 0.997,
     ("grouped", torch.float16): 0.98,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -42,6 +43,20 @@ def check_exportable(model: nn.Module, format: str | None = None) -> None:
     _check_one_scheme(layers, by_layer)
     _check_fused(model, layers)
     kv_cache_scheme(model, by_layer)
+    _warn_of_other_arithmetic(layers)
+
+
+def _warn_of_other_arithmetic(layers: Mapping[str, QATLinear]) -> None:
+    for name, layer in layers.items():
+        inputs = layer.scheme.activations
+        if layer.scheme.weights.format == "int4" and inputs is not None and inputs.format == "int8":
+            warnings.warn(
+                f"{name} trains as W4A8: vLLM 0.22 serves such a folder with FP8 inputs on Hopper, with inputs as they "
+                "are on CPUs, and refuses it elsewhere; later versions quantize to int8 with --linear-backend humming "
+                "alone. Train W4AFP8 for Hopper. See docs/engines.md.",
+                stacklevel=3,
+            )
+            return
 
 
 def check_measured(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep import grid
+from lockstep.activations import FP8_TOKEN_FLOOR
 from lockstep.grid import Quantized
 from lockstep.scheme import Scheme
 
@@ -160,7 +161,7 @@ def split_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = scale.float()
     largest = scale.new_full((), 448.0)
-    row = (scale.abs().amax(-1, keepdim=True) / largest).clamp(min=1.0 / (448.0 * 512.0))
+    row = (scale.abs().amax(-1, keepdim=True) / largest).clamp(min=FP8_TOKEN_FLOOR)
     return grid.round_to(grid.round_to(scale / row, "fp8_e4m3").float() / 8, "fp8_e4m3"), 8 * row
 
 
@@ -194,7 +195,8 @@ def _microscaled(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: to
         acc = torch.mm(scaled[0].bfloat16(), scaled[1].bfloat16().T, out_dtype=torch.float32)
     else:
         acc = scaled[0] @ scaled[1].T
-    if x.global_scale is not None and weight.global_scale is not None:
+    if x.global_scale is not None:
+        assert weight.global_scale is not None
         acc = acc * (x.global_scale.reciprocal() * weight.global_scale.reciprocal()).reshape(1, 1)
     y = acc.to(dtype)
     return y if bias is None else y + bias

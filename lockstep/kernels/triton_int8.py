@@ -1,4 +1,4 @@
-"""The int8 GEMM with its epilogue, in one kernel for GPUs (Triton): 1.4 times as fast as bf16's GEMM on an H200.
+"""The int8 GEMM with its epilogue, in one kernel for GPUs (Triton).
 
 Sums of int8 products are exact in int32 in any order, and the epilogue is `scaled_mm.int8_epilogue`'s: so the result is
 ``torch.equal`` to the reference's, whatever the tiles. The sums never go to memory, as they do with ``torch._int_mm``.

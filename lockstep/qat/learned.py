@@ -72,7 +72,7 @@ def gradients(grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> 
     per_group = (*scale.shape, -1)
     step = scale.to(spec.scale_dtype).float().unsqueeze(-1)
     position = weight.float().view(per_group) / step.masked_fill(step == 0, 1)
-    code = position.round().clamp(low, high)
+    code = grid.quantize(weight, spec, scale=scale).codes.float().view(per_group)
     inside = (position >= low) & (position <= high)
     grads = grad.float().view(per_group)
     balance = 1 / math.sqrt(position.shape[-1] * high)

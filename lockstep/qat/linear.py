@@ -4,7 +4,7 @@ Forward: the serving kernel's order of operations on quantized weights (kernels/
 (kernels/scaled_mm.py).
 Backward: straight-through (Bengio et al., arXiv:1308.3432): the gradient of the quantized weight is handed to the
 master unchanged, and the input's gradient flows through the quantized weight, which is computed again instead of kept.
-Inputs that a static range cuts off get no gradient (PACT, arXiv:1805.06085).
+Inputs whose code is at the end of a static range, cut off or nearly, get no gradient (PACT, arXiv:1805.06085).
 Saved between the two: references to the input and to the master, as ``nn.Linear`` saves, or for quantized inputs their
 codes, which take half the memory of bf16, in place of the input: once for the layers that see the same one.
 """
@@ -94,6 +94,12 @@ class QATLinear(nn.Linear):
         if not self.scheme.weights.per_tensor:
             return None
         sharing = self.fused or (self,)
+        kind = type(self.weight)
+        if odd := [one for one in sharing if not one.weight.numel() or type(one.weight) is not kind]:
+            raise ValueError(
+                f"{self.qualified_name} shares a scale with {odd[0].qualified_name}, whose weight is sharded apart: "
+                "shard the block that holds both, so that both are gathered together."
+            )
         return torch.stack([grid.largest(layer.weight).to(self.weight.device) for layer in sharing]).amax(0)
 
     def _quantized_input(self, input: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -148,14 +154,21 @@ class QATLinear(nn.Linear):
 
     def _apply(self, *args: Any, **kwargs: Any) -> QATLinear:
         self._drop()
-        inputs = self.scheme.activations
-        name = inputs.scale_name if inputs is not None and inputs.stores_scale else None
-        scale = self._buffers[name] if name else None
+        before = {name: scale.detach() for name, scale in self._scales().items()}
         super()._apply(*args, **kwargs)
-        if name and scale is not None and self._buffers[name].dtype != scale.dtype:  # type: ignore[union-attr]
-            # `.to(bfloat16)` moves what is measured and does not round it.
-            self._buffers[name] = scale.to(self._buffers[name].device)  # type: ignore[union-attr]
+        for name, scale in self._scales().items():
+            if (
+                scale.dtype != before[name].dtype
+            ):  # `.to(bfloat16)` moves what is measured or learned, it rounds nothing
+                scale.data = before[name].to(scale.device)
         return self
+
+    def _scales(self) -> dict[str, Tensor]:
+        """The measured and learned scales: what this layer stores beside the ``nn.Linear``'s own, as they are now."""
+        inputs = self.scheme.activations
+        names = [learned.KEY, *([inputs.scale_name] if inputs is not None and inputs.stores_scale else [])]
+        own = {**self._parameters, **self._buffers}
+        return {name: scale for name in names if (scale := own.get(name)) is not None}
 
     def train(self, mode: bool = True) -> QATLinear:
         if not mode:
@@ -226,8 +239,9 @@ def _operand(
     if not scale_follows:
         return kernel.fake_quantize(weight, spec, amax), None
     codes, scale, *_ = kernel.quantize(weight, spec, spec.served_dtype, amax)
-    if spec.scale_rule != "nv/6" or amax is None:
+    if spec.scale_rule != "nv/6":
         return codes, scale
+    assert amax is not None
     return reference.operand(Quantized(codes, scale, None, grid.nvfp4_scale(amax)), spec)
 
 
@@ -288,7 +302,7 @@ class _QuantizedInputLinear(torch.autograd.Function):
         scheme, _ = how
         kernel = kernels.training(scheme, weight.device)
         w_codes, w_scale, *_ = kernel.quantize(weight, scheme.weights, None, amax)
-        w_second = None if second is None or amax is None else grid.nvfp4_scale(amax)
+        w_second = grid.nvfp4_scale(amax) if scheme.weights.scale_rule == "nv/6" else None  # type: ignore[arg-type]
         x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
         clips = x_has_grad and not scheme.activations.dynamic  # type: ignore[union-attr]
         ctx.how, ctx.kernel = how, kernel

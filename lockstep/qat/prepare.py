@@ -259,7 +259,7 @@ def _check_options(
     weights = scheme.weights
     if learned_scales and (weights.format not in ("int4", "int8") or weights.scale_rule in ("max/-8", "range/15")):
         raise ValueError(f"{name}: learned_scales needs symmetric integer weights with positive scales, not {scheme}.")
-    if learned_scales and reuse is not None:
+    if reuse is not None and (learned_scales or learned.KEY in module._parameters):
         raise ValueError(f"{name}: reuse={reuse!r} and learned_scales=True exclude each other: scales change too.")
     if learned_scales and module.weight.is_meta:
         raise ValueError(f"{name}: learned scales start from the weights, which are on the meta device.")
