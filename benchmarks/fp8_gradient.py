@@ -22,13 +22,13 @@ import lockstep
 from lockstep.recipes.text import standard_library
 
 COLUMNS = [
-    ("input gradient", text("path")),
+    ("path", text("path")),
     ("weight gradients, relative distance", significant("distance")),
     ("weight gradients, cosine", number("cosine", 5)),
     ("loss after training", number("loss", 4)),
     ("+- over seeds", number("loss_spread", 4)),
 ]
-PATHS = {"bf16": False, "fp8": True}
+PATHS = {"lockstep FP8": False, "lockstep FP8, fp8 input gradient": True}
 
 
 def source(device: torch.device) -> Tensor:
@@ -80,7 +80,7 @@ def measure(seed: int, data: Tensor, options: Any) -> dict[str, dict[str, float]
     for path, fp8 in PATHS.items():
         models[path] = copy.deepcopy(start)
         lockstep.prepare(models[path], "FP8_DYNAMIC", fp8_input_gradient=fp8)
-    exact = gradients(models["bf16"], data, options)
+    exact = gradients(models["lockstep FP8"], data, options)
     found = {}
     for path, model in models.items():
         ours = gradients(model, data, options)

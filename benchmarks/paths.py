@@ -162,7 +162,11 @@ EIGHT_BIT = {
         ),
         Path("lockstep INT8", lambda model: eight_bit(model, "W8A8"), "W8A8"),
         Path("torchao FP8", torchao_fp8, "Float8DynamicActivationFloat8WeightConfig(PerRow())"),
-        Path("torchao INT8", torchao_int8, "IntxFakeQuantizeConfig int8, per_token inputs (asymmetric), per_channel weights"),
+        Path(
+            "torchao INT8",
+            torchao_int8,
+            "IntxFakeQuantizeConfig int8, per_token inputs (asymmetric), per_channel weights",
+        ),
         Path("ModelOpt FP8", lambda model: modelopt_eight_bit(model, "FP8_DEFAULT_CFG"), "FP8_DEFAULT_CFG"),
         Path("ModelOpt INT8", lambda model: modelopt_eight_bit(model, "INT8_DEFAULT_CFG"), "INT8_DEFAULT_CFG"),
     )

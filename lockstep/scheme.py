@@ -233,6 +233,7 @@ class ActivationSpec:
         _one_of("engine", self.engine, ("vllm", "sglang"))
         wanted = (self.format, self.strategy, self.group_size, self.dynamic)
         _one_of("activations (format, strategy, group_size, dynamic)", wanted, _ACTIVATIONS)
+        _one_of("power_of_two", self.power_of_two, (True, False))
         if self.engine == "sglang" and (self.format, self.dynamic) == ("int8", False):
             raise ValueError(
                 "static int8 inputs with engine='sglang': SGLang ignores the stored scale and quantizes by token. "
@@ -314,6 +315,11 @@ class Scheme:
     activations: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, TensorSpec) or not isinstance(self.activations, ActivationSpec | None):
+            raise TypeError(
+                f"a Scheme is a TensorSpec and an ActivationSpec or None, found {self.weights!r} and "
+                f"{self.activations!r}. Presets: Scheme.preset('W4A16')."
+            )
         if self.activations is None:
             if self.weights.format == "fp8_e4m3" and self.weights.strategy != "group":
                 raise ValueError(f"{self.weights} weights need activations: engines multiply them in 8 bits.")
@@ -422,7 +428,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _one_of(name: str, value: object, allowed: tuple) -> None:
-    if not any(type(value) is type(one) and value == one for one in allowed):
+    # 1 is no True, and 128.0 no 128, within tuples either.
+    if not any(repr(value) == repr(one) for one in allowed):
         raise ValueError(f"{name}={value!r}: this version takes {', '.join(map(repr, allowed))}.")
 
 

@@ -48,7 +48,7 @@ class SensitivityReport:
     def assign(self, budget: int) -> list[Rule]:
         """The recipe of least total increase whose weights take at most `budget` bytes, for `lockstep.prepare`.
 
-        Exact but for the counting of bytes in steps of ``budget / 4096``, rounded up.
+        Exact but for the counting of bytes beyond the smallest assignment's in steps of a 4096th, rounded up.
 
         Raises:
             ValueError: no assignment fits; the message says what the smallest takes.
@@ -57,7 +57,9 @@ class SensitivityReport:
         for cost in self.costs:
             units.setdefault(cost.unit, []).append(cost)
         smallest = sum(min(cost.bytes for cost in choices) for choices in units.values())
-        chosen = _cheapest(list(units.values()), budget)
+        # Every unit takes its smallest at least; what is spread over the units is the rest.
+        left = budget - smallest
+        chosen = None if left < 0 else _cheapest(list(units.values()), left)
         if chosen is None:
             raise ValueError(f"no assignment takes {budget:,} bytes or less: the smallest takes {smallest:,}.")
         by_scheme: dict[str, list[str]] = {}
@@ -124,7 +126,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
-    schemes: Sequence[str] = ("W4A16", "W8A8"),
+    schemes: str | Sequence[str] = ("W4A16", "W8A8"),
     targets: str | Sequence[str] = ("Linear",),
     ignore: str | Sequence[str] = ("lm_head",),
     loss: Loss | None = None,
@@ -147,6 +149,9 @@ def sensitivity(
             scheme for every layer.
     """
     model, batches, loss = unwrapped(model), list(batches), loss or _own_loss
+    schemes = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+    if not schemes:
+        raise ValueError("schemes is empty: name the presets to try.")
     if any(True for _ in quantized_modules(model)):
         raise ValueError(f"this {type(model).__name__} is prepared: call lockstep.unprepare(model) first.")
     if not batches:
@@ -155,9 +160,10 @@ def sensitivity(
         inputs = Scheme.of(scheme).activations
         if inputs is not None and inputs.stores_scale:
             raise ValueError(f"{scheme} has measured input ranges: calibrate a model, sensitivity takes dynamic ones.")
-    prepare(model, schemes[0], targets, ignore)
-    names = [name for name, _ in quantized_modules(model)]
-    unprepare(model)
+    for scheme in schemes:  # all of them, before hours are measured
+        prepare(model, scheme, targets, ignore)
+        names = [name for name, _ in quantized_modules(model)]
+        unprepare(model)
     with as_served(model, Scheme.of(schemes[0]).weights.served_dtype):
         start = _mean(model, batches, loss)
         costs = [cost for unit in run_as_one(names) for cost in _costs(model, unit, schemes, batches, loss, start)]
@@ -185,15 +191,19 @@ def _costs(
 
 
 def _cheapest(units: Sequence[Sequence[Cost]], budget: int) -> list[Cost] | None:
-    """One cost of each unit, of least total increase within `budget` bytes: dynamic programming over the bytes."""
+    """One cost of each unit, of least total increase within `budget` bytes more than the units' smallest take.
+
+    Dynamic programming over the bytes.
+    """
     step = max(1, -(-budget // STEPS))
     size = budget // step + 1
     best = torch.zeros(size, dtype=torch.float64)
     picks = []
-    for choices in units:
+    least = [min(cost.bytes for cost in choices) for choices in units]
+    for choices, base in zip(units, least, strict=True):
         totals = torch.full((len(choices), size), torch.inf, dtype=torch.float64)
         for row, cost in zip(totals, choices, strict=True):
-            taken = -(-cost.bytes // step)
+            taken = -(-(cost.bytes - base) // step)
             if taken < size:
                 row[taken:] = best[: size - taken] + cost.increase
         best, pick = totals.min(0)
@@ -201,10 +211,10 @@ def _cheapest(units: Sequence[Sequence[Cost]], budget: int) -> list[Cost] | None
     if not best[-1].isfinite():
         return None
     left, chosen = size - 1, []
-    for choices, pick in zip(reversed(units), reversed(picks), strict=True):
+    for choices, pick, base in zip(reversed(units), reversed(picks), reversed(least), strict=True):
         cost = choices[int(pick[left])]
         chosen.append(cost)
-        left -= -(-cost.bytes // step)
+        left -= -(-(cost.bytes - base) // step)
     return chosen[::-1]
 
 

@@ -15,8 +15,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BANDWIDTH = ["--shapes", "128x128", "64x128", "--paths", "lockstep", "compressed-tensors", "--rounds", "2"]
 LAYER = ["--hidden", "128", "--intermediate", "256", "--tokens", "16", "--rounds", "2"]
 MODEL = ["--hidden", "128", "--intermediate", "256", "--layers", "1", "--vocabulary", "64", "--sequence", "16"]
+SMALL = ["--steps", "4", "--seeds", "2", "--hidden", "128", "--layers", "1", "--rows", "2", "--length", "128"]
 RUNS = {
     "layer_step": (["--compiled-tokens", "16", "--paths", "lockstep", *LAYER], ["ratio", "median_ms"]),
+    "eight_bit_step": (["--compiled-tokens", "16", "--paths", "lockstep FP8", "lockstep INT8", *LAYER], ["ratio"]),
+    "fp8_gradient": (SMALL, ["loss", "cosine"]),
     "reuse": (["--micro-batches", "2", *LAYER], ["ratio", "median_ms", "micro_batches"]),
     "kernel_bandwidth": (BANDWIDTH, ["terabytes_per_second", "of_copy"]),
     "growth": (["--sizes", "128", "256", "--fixed", "128", "--rounds", "2"], ["microseconds"]),

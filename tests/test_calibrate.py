@@ -397,12 +397,12 @@ def test_calibrated_folder_can_be_calibrated_again(folders, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda scales: scales.pop("model.layers.1.mlp.up_proj.input_scale"), "has no model.layers.1.mlp.up_proj"),
-        (lambda scales: scales["model.layers.1.mlp.up_proj.input_scale"].fill_(math.nan), "not positive numbers"),
-        (lambda scales: scales["model.layers.1.mlp.up_proj.input_scale"].neg_(), "not positive numbers"),
+        (lambda scales: scales.pop("model.layers.1.mlp.up_proj.input_scale"), "stores no model.layers.1.mlp.up_proj"),
+        (lambda scales: scales["model.layers.1.mlp.up_proj.input_scale"].fill_(math.nan), "not positive float32"),
+        (lambda scales: scales["model.layers.1.mlp.up_proj.input_scale"].neg_(), "not positive float32"),
         (
             lambda scales: scales.update({"model.layers.1.mlp.up_proj.input_scale": torch.ones(2)}),
-            "not positive numbers",
+            "not positive float32",
         ),
     ],
 )

@@ -329,7 +329,7 @@ RECIPE = [
     Rule([r"re:.*down_proj$"], "FP8_DYNAMIC"),
     Rule([r"re:.*layers\.0\.self_attn\.(q|k|v)_proj$"], "W8A8"),
     Rule([r"re:.*layers\.1\.self_attn\.o_proj$"], None),
-    Rule([r"re:.*o_proj$"], SCHEMES["W8A8 sglang bf16"]),
+    Rule([r"re:.*o_proj$"], Scheme.preset("W8A8", scale_dtype=BF16)),
     Rule(["Linear"], "W4A16"),
 ]
 

@@ -967,12 +967,22 @@ def test_two_processes_freeze_the_same_scales_of_what_both_have_seen(tmp_path):
 # Learned scales, recipes, other options ----------------------------------------------------------------------------
 
 
+class Gentle(Regression):
+    """Gives learned scales a rate that goes with their size, as they need it."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        named = dict(self.named_parameters())
+        scales = [one for name, one in named.items() if name.endswith("weight_scale")]
+        others = [one for name, one in named.items() if not name.endswith("weight_scale")]
+        return torch.optim.AdamW([{"params": others}, {"params": scales, "lr": 1e-5}], lr=1e-3)
+
+
 def test_learned_scales_are_in_the_optimizer_move_and_are_exported(tmp_path):
     """Parameters that come after the optimizer never train; a scale that is not exported is not the trained one."""
     callback = QATCallback("W4A16", learned_scales=True, export_dir=str(tmp_path / "out"), log_every_n_steps=1)
-    run, module = trainer(callback, saver(tmp_path, 4), steps=4), Regression()
+    run, module = trainer(callback, saver(tmp_path, 4), steps=4), Gentle()
     run.fit(module, loader())
-    (group,) = run.optimizers[0].param_groups
+    _, group = run.optimizers[0].param_groups
     start = network()
     lockstep.prepare(start, "W4A16", learned_scales=True)
     checkpoint = Checkpoint(tmp_path / "out")
@@ -1361,3 +1371,11 @@ def test_arguments_are_typed_and_documented_for_yaml():
     parameters = inspect.signature(QATCallback).parameters
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters.values())
     assert all(f"        {name}: " in (QATCallback.__doc__ or "") for name in parameters)
+
+
+def test_learned_scales_that_went_negative_are_refused_at_the_export(tmp_path):
+    """Adam at the weights' own rate walks through zero in a few steps: the engine would serve noise."""
+    callback = QATCallback("W4A16", learned_scales=True, export_dir=str(tmp_path / "out"))
+    with pytest.raises(ExportError, match=r"weight_scale holds scales that are negative.* learning rate was too high"):
+        trainer(callback, steps=4).fit(Regression(), loader())
+    assert not (tmp_path / "out").exists()

@@ -271,7 +271,7 @@ def test_nothing_is_held_after_the_last_sibling():
     module, x = projections(), some()
     with torch.no_grad():
         module.q_proj(x)
-        codes = weakref.ref(module.q_proj.shared_input._entry[3].codes)
+        codes = weakref.ref(module.q_proj.shared_input._entry[2].codes)
         module.k_proj(x)
         assert codes() is not None
         module.v_proj(x)

@@ -24,6 +24,7 @@ from lockstep.export.save import quantization_config, served_state, served_tenso
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel, scaled_mm
 from lockstep.loading import as_served
+from lockstep.qat import kv_cache
 from lockstep.qat.linear import QATLinear, compute_dtype
 from lockstep.qat.prepare import quantized_modules, unwrapped
 from lockstep.scheme import BLOCK, Scheme, TensorSpec, dtype_name
@@ -70,6 +71,8 @@ def compare(
         raise ValueError(f"{meta[0]} is on the meta device: load weights into the model first.")
     if observed := [name for name, layer in layers.items() if layer.observer is not None]:
         raise ValueError(f"{observed[0]} is being calibrated, and leaves its inputs as they are: compare afterwards.")
+    if observed := [*kv_cache.observers_of(model)]:
+        raise ValueError(f"{observed[0]} is being calibrated, keys and values pass as they are: compare afterwards.")
     first = next(iter(layers.values()))
     served, device = first.scheme.weights.served_dtype, first.weight.device
     true_kernels = _true_kernels((kernel,) if isinstance(kernel, str) else kernel, layers.values(), device)
@@ -254,6 +257,9 @@ def _compare_config(
         trained = model.config.to_dict()
         found = type(model.config).from_dict(dict(stored.config)).to_dict()
         found["model_type"] = stored.config.get("model_type")
+        kinds = stored.config.get("architectures")
+        if "lockstep" in stored.config["quantization_config"] and kinds != [type(model).__name__]:
+            problems["config.json, architectures"] = f"{kinds}, trained {[type(model).__name__]}"
         for key in sorted(trained.keys() - _NOT_THE_MODEL):
             if trained[key] != found.get(key):
                 problems[f"config.json, {key}"] = f"{found.get(key)}, trained {trained[key]}"

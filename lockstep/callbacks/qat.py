@@ -136,6 +136,7 @@ class QATCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run does not log the step that it resumes from, and goes on measuring or has its ranges."""
         self._logged_step = trainer.global_step
+        kv_cache.kv_cache_spec(served_model(pl_module))  # refuses attention that was switched since
         self._calibrate(trainer, served_model(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

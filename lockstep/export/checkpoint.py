@@ -227,4 +227,6 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         files.update(dict.fromkeys(names, path))
     if lost := [name for name in weight_map if name not in files]:
         raise CheckpointError(f"{index_path} lists {lost[0]} and {len(lost) - 1} more, which no file holds.")
+    if strays := sorted({*directory.glob("*.safetensors")} - {*paths}):
+        raise CheckpointError(f"{strays[0]} is not in the index: a reader may take it for the model. Move it away.")
     return files

@@ -11,6 +11,7 @@ from lockstep.export import compressed_tensors, formats
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError
 from lockstep.export.served import kv_cache_scheme, prepared_cache, quantized_layers, served_state, stored_as
+from lockstep.qat import learned
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.prepare import FUSED, run_as_one
 from lockstep.scheme import BLOCK
@@ -64,6 +65,12 @@ def check_measured(model: nn.Module) -> None:
     layers = quantized_layers(model)
     scales: dict[str, Tensor | None] = {}
     for name, layer in layers.items():
+        learnt = layer._parameters.get(learned.KEY)
+        if learnt is not None and not learnt.is_meta and not ((learnt >= 0) & learnt.isfinite()).all():
+            raise ExportError(
+                f"{name}.{learned.KEY} holds scales that are negative or not finite: their learning rate was too high, "
+                "see lockstep.qat.learned."
+            )
         if layer.observer is not None:
             raise ExportError(f"{name} is being calibrated: freeze its range before the export.")
         try:

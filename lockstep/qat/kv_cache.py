@@ -212,6 +212,7 @@ def observe(model: nn.Module, observer: ObserverName = "minmax") -> list[str]:
     Raises:
         ValueError: an unknown `observer`.
     """
+    kv_cache_spec(model)  # refuses one whose attention was switched since
     static = [(name, module, module.kv_cache) for name, module in _modules(model) if not module.kv_cache.spec.dynamic]
     pairs = [
         tuple([make(observer, kv.spec) for _ in range(getattr(module, key).numel())] for key in SCALES)

@@ -8,7 +8,9 @@ rounded to the scheme's scale dtype; no rule looks at the weight any more. With 
 * the gradient of a scale is the sum over its weights of ``grad * (q - w / s)`` within the range and ``grad * q``
   elsewhere, times ``1 / sqrt(weights of the scale * largest code)``, LSQ's balance of the two learning rates.
 
-It needs the optimizer to be made after `prepare`, and no weight decay on the scales.
+It needs the optimizer to be made after `prepare`, and a parameter group for the scales, without weight decay. Adam's
+steps do not know how large a parameter is: give the group a rate of the weights' times the mean scale. With the
+weights' own rate they are destroyed within a few steps; an export refuses scales that became negative.
 """
 
 from __future__ import annotations

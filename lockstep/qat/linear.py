@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lockstep import activations, grid, kernels
 from lockstep.grid import Quantized
@@ -94,8 +95,8 @@ class QATLinear(nn.Linear):
         if not self.scheme.weights.per_tensor:
             return None
         sharing = self.fused or (self,)
-        kind = type(self.weight)
-        if odd := [one for one in sharing if not one.weight.numel() or type(one.weight) is not kind]:
+        sharded = isinstance(self.weight, DTensor)
+        if odd := [one for one in sharing if not one.weight.numel() or isinstance(one.weight, DTensor) != sharded]:
             raise ValueError(
                 f"{self.qualified_name} shares a scale with {odd[0].qualified_name}, whose weight is sharded apart: "
                 "shard the block that holds both, so that both are gathered together."
@@ -124,16 +125,17 @@ class QATLinear(nn.Linear):
         if not torch.compiler.is_compiling() and not self._measured(scale):
             raise ValueError(
                 f"{self.qualified_name}.{inputs.scale_name} is not measured: run lockstep.calibrate on a few "
-                "batches before a forward with measured input ranges."
+                f"batches, or train with QATCallback's calibration_steps (it is {scale.item()})."
             )
         return scale
 
     def _measured(self, scale: Tensor) -> bool:
-        # A look at a GPU's memory waits for it: once for each scale that is written.
-        if getattr(self, "_seen", None) != (scale.data_ptr(), scale._version):
-            if scale.is_meta or not bool(scale.isfinite()):
+        # A look at a GPU's memory waits for it: once for each scale that is written. Inference tensors do not count.
+        state = None if scale.is_inference() else (scale.data_ptr(), scale._version)
+        if state is None or getattr(self, "_seen", None) != state:
+            if scale.is_meta or not bool((scale > 0) & scale.isfinite()):
                 return scale.is_meta
-            self._seen = (scale.data_ptr(), scale._version)
+            self._seen = state
         return True
 
     @torch.compiler.disable(reason="whether the kept weight is still the master's is looked up at each call")
@@ -157,9 +159,9 @@ class QATLinear(nn.Linear):
         before = {name: scale.detach() for name, scale in self._scales().items()}
         super()._apply(*args, **kwargs)
         for name, scale in self._scales().items():
-            if (
-                scale.dtype != before[name].dtype
-            ):  # `.to(bfloat16)` moves what is measured or learned, it rounds nothing
+            if before[name].is_meta and not scale.is_meta:  # `to_empty` leaves what was in memory before
+                scale.data = torch.full(scale.shape, torch.nan, device=scale.device)
+            elif scale.dtype != before[name].dtype:  # `.to(bfloat16)` moves what is measured or learned
                 scale.data = before[name].to(scale.device)
         return self
 
@@ -260,26 +262,27 @@ class SharedInput:
     """The codes of an input for all layers that see it one after another: q, k and v, or gate and up.
 
     They are quantized once and kept once for the backward. It holds them until the last of `layers` has had them, and
-    gives them for that very tensor only, unchanged since. Copies and pickles come empty.
+    gives them for that very tensor only, unchanged since; writes that PyTorch does not count (through ``.data`` or
+    another library) between two of the layers it does not see. Copies and pickles come empty.
     """
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self._entry: tuple[weakref.ref[Tensor], int, torch.dtype, Quantized] | None = None
+        self._entry: tuple[weakref.ref[Tensor], tuple, Quantized] | None = None
         self._left = 0
 
     def of(self, input: Tensor, dtype: torch.dtype, compute: Callable[[], Quantized]) -> Quantized:
         """The codes of `input`, from ``compute()`` unless the layer before had them."""
         if input.is_inference():  # which has no version to compare
             return compute()
-        entry = self._entry
-        if entry is not None and (entry[0]() is input and entry[1:3] == (input._version, dtype)):
+        entry, state = self._entry, (input._version, input.data_ptr(), dtype)
+        if entry is not None and entry[0]() is input and entry[1] == state:
             self._left -= 1
             if self._left <= 0:
                 self._entry = None
-            return entry[3]
+            return entry[2]
         quantized = compute()
-        self._entry, self._left = (weakref.ref(input), input._version, dtype, quantized), self.layers - 1
+        self._entry, self._left = (weakref.ref(input), state, quantized), self.layers - 1
         return quantized
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[int]]:

@@ -274,13 +274,18 @@ def _check_options(
 def _rules(scheme: str | Scheme | Sequence[Rule], targets: Sequence[str]) -> list[Rule]:
     if isinstance(scheme, str | Scheme):
         return [Rule(targets, Scheme.of(scheme))]
-    if not scheme or not all(isinstance(rule, Rule) for rule in scheme):
+    if not isinstance(scheme, Sequence) or not scheme or not all(isinstance(rule, Rule) for rule in scheme):
         raise TypeError(f"a scheme is a preset's name, a Scheme or a list of lockstep.Rule, found {scheme!r}.")
-    rules = [Rule(_patterns(rule.targets), rule.scheme and Scheme.of(rule.scheme)) for rule in scheme]
+    rules = [Rule(_patterns(rule.targets), rule.scheme and Scheme.of(rule.scheme)) for rule in scheme]  # type: ignore[union-attr]
     served = {rule.scheme.weights.served_dtype for rule in rules if isinstance(rule.scheme, Scheme)}
     if len(served) > 1:
         names = " and ".join(sorted(map(dtype_name, served)))
         raise ValueError(f"the rules serve in {names}: an engine serves a model in one dtype.")
+    engines = {rule.scheme.engine for rule in rules if isinstance(rule.scheme, Scheme) and rule.scheme.activations}
+    if len(engines) > 1:
+        raise ValueError(
+            f"the rules follow the arithmetic of {' and '.join(sorted(engines))}: one engine serves a model."
+        )
     return rules
 
 
@@ -297,7 +302,15 @@ def _fused(chosen: Mapping[str, Scheme]) -> dict[str, list[str]]:
 
 
 def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"targets and ignore are class names, module names or 're:' regexes, found {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
+    return tuple(patterns)
 
 
 def _matching(modules: dict[str, nn.Module], patterns: Iterable[str]) -> dict[str, list[str]]:

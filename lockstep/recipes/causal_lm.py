@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,23 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; linear warm-up, then a cosine down to `final_share`."""
-        # Learned scales of weights are matrices too, and must not decay.
-        decays = {name: one.ndim >= 2 and not name.endswith(".weight_scale") for name, one in self.named_parameters()}
-        matrices = [parameter for name, parameter in self.named_parameters() if decays[name]]
-        others = [parameter for name, parameter in self.named_parameters() if not decays[name]]
-        groups = [
-            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
+        rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
+        named = dict(self.named_parameters())
+        # Learned scales of weights are matrices too; they must not decay, and move by their own size (qat/learned.py).
+        scales = {name: one for name, one in named.items() if name.endswith(".weight_scale")}
+        plain = [one for name, one in named.items() if name not in scales]
+        groups: list[dict[str, Any]] = [
+            {"params": [one for one in plain if one.ndim >= 2], "weight_decay": decay},
+            {"params": [one for one in plain if one.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
+        if scales:
+            mean = torch.stack([one.detach().mean() for one in scales.values()]).mean().item()
+            groups.append({"params": list(scales.values()), "weight_decay": 0.0, "lr": rate * mean})
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
         steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
-        final = self.hparams["final_share"]
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, max(1, steps - warmup), eta_min=final * self.hparams["learning_rate"]
+        final, length = self.hparams["final_share"], max(1, steps - warmup)
+        cosine = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: final + (1 - final) * (1 + math.cos(math.pi * min(step / length, 1))) / 2
         )
         schedule: torch.optim.lr_scheduler.LRScheduler = cosine
         if warmup:
