@@ -414,7 +414,7 @@ def test_damaged_scales_are_refused_and_none_is_read(folders, tmp_path, damage, 
     with pytest.raises(ValueError, match=message):
         load_scales(model, tmp_path)
     assert all(math.isnan(scale) for scale in scales(model).values())
-    with pytest.raises(ValueError, match=f"has no {SCALES}: run lockstep calibrate"):
+    with pytest.raises(ValueError, match=r"stores no .*input_scale: run lockstep calibrate"):
         load_scales(model, folders[0])
 
 
