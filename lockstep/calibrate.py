@@ -30,7 +30,7 @@ from lockstep.loading import as_served, load_model, token_batches
 from lockstep.qat import observers
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Histogram, Observer, ObserverName
-from lockstep.qat.prepare import prepare, quantized_modules, unwrapped
+from lockstep.qat.prepare import as_text, prepare, quantized_modules, unwrapped
 from lockstep.scheme import Scheme
 
 Batch = Tensor | Mapping[str, Any]
@@ -111,12 +111,7 @@ class CalibrationReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
 
 def calibrate(

@@ -41,7 +41,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lockstep.qat.prepare import run_as_one
+from lockstep.qat.prepare import as_text, run_as_one
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
 
 # GiB that the driver reports, ECC on where the card has it on as delivered.
@@ -112,12 +112,7 @@ class Plan:
         return Group(self._arithmetic("serve"), self._arithmetic("train"), self._gpus(), *self.notes)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self, width=160)
 
     def _arithmetic(self, use: Use):  # type: ignore[no-untyped-def]
         from rich.table import Table

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.loading import as_served
-from lockstep.qat.prepare import prepare, quantized_modules, run_as_one, unprepare, unwrapped
+from lockstep.qat.prepare import as_text, prepare, quantized_modules, run_as_one, unprepare, unwrapped
 from lockstep.scheme import Rule, Scheme
 
 STEPS = 4096  # of the byte budget, in which the assignment counts
@@ -111,12 +111,7 @@ class SensitivityReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
 
 Loss = Callable[[nn.Module, Any], Tensor]

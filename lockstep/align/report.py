@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lockstep.qat.prepare import as_text
 from lockstep.scheme import Scheme, dtype_name
 
 # Share of bit-equal outputs that a serving kernel reaches against our forward, by (kind, dtype): a little under what
@@ -226,12 +227,7 @@ class AlignmentReport:
         return Group(*parts, *(Text(f"- {line}", "red") for line in failures))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
 
 def _kind(scheme: Scheme, k: int) -> str:

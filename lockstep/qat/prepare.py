@@ -68,12 +68,7 @@ class PrepareReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
 
 def prepare(
@@ -205,6 +200,16 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             yield name, module
+
+
+def as_text(report: Any, width: int = 140) -> str:
+    """What rich prints of `report`, for ``str`` and logs."""
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(report)
+    return capture.get().rstrip()
 
 
 def run_as_one(names: Iterable[str]) -> list[list[str]]:
