@@ -370,9 +370,11 @@ class Scheme:
     @property
     def preset_name(self) -> str | None:
         """The preset whose formats and groupings these are, whatever the engine and the dtypes, or None."""
-        return next((name for name, preset in PRESETS.items() if preset._layout() == self._layout()), None)
+        return next((name for name, preset in PRESETS.items() if preset.layout == self.layout), None)
 
-    def _layout(self) -> tuple:
+    @property
+    def layout(self) -> tuple:
+        """What anybody's checkpoint says of a scheme: formats and groupings, not the rule behind the scales."""
         weights, inputs = self.weights, self.activations
         grouping = (weights.format, weights.strategy, weights.group_size, weights.symmetric)
         return (*grouping, inputs and (inputs.format, inputs.strategy, inputs.group_size, inputs.dynamic))

@@ -146,7 +146,7 @@ def _compare_layers(
         if found.codes.shape != trained.codes.shape:
             row.problem = f"stored weight is {list(found.codes.shape)}, trained {list(trained.codes.shape)}"
             continue
-        if _layout(declared) != _layout(layer.scheme):
+        if declared.layout != layer.scheme.layout:
             row.problem = f"stored with {declared}, trained with {layer.scheme}"
             continue
         problems = [_difference(found, trained)]
@@ -169,13 +169,6 @@ def _compare_layers(
 
 def _on(device: torch.device, quantized: Quantized) -> Quantized:
     return Quantized(*(part if part is None else part.to(device) for part in quantized))  # type: ignore[arg-type]
-
-
-def _layout(scheme: Scheme) -> tuple:
-    """What a checkpoint of anybody's says of a scheme: formats and groupings, not the rule behind the scales."""
-    weights, inputs = scheme.weights, scheme.activations
-    grouping = (weights.format, weights.strategy, weights.group_size, weights.symmetric)
-    return (*grouping, inputs and (inputs.format, inputs.strategy, inputs.group_size, inputs.dynamic))
 
 
 def _difference(found: Quantized, trained: Quantized) -> str:

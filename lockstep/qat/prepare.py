@@ -119,32 +119,7 @@ def prepare(
     rules = _rules(scheme, _patterns(targets))
     ignore = _patterns(ignore)
     modules = dict(model.named_modules())
-    matched = [_matching(modules, rule.targets) for rule in rules]
-    for target, names in (item for found in matched for item in found.items()):
-        if not names:
-            raise ValueError(_matches_nothing(target, modules))
-    ignored = _matching(modules, ignore)
-    for pattern, names in ignored.items():
-        if not names and pattern != "lm_head":
-            warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=2)
-
-    reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
-    chosen: dict[str, Scheme] = {}
-    for rule, found in zip(rules, matched, strict=True):
-        for name in (name for names in found.values() for name in names if name not in reasons | chosen):
-            if rule.scheme is None:
-                reasons[name] = f"left as it is by the rule for {', '.join(rule.targets)}"
-            else:
-                chosen[name] = Scheme.of(rule.scheme)
-    if not chosen:
-        all_targets = [target for rule in rules for target in rule.targets]
-        raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={all_targets} match.")
-    heads = [name for name in chosen if name.endswith(".lm_head")]
-    if heads and "lm_head" in ignore:
-        raise ValueError(
-            f"ignore='lm_head' does not cover {heads[0]}: names start at the module that is prepared. Prepare "
-            "the language model itself, or name the head as 're:.*lm_head$'."
-        )
+    chosen, reasons = _choose(model, modules, rules, ignore)
     for name, wanted in chosen.items():
         _check(name, modules[name], wanted, parent=modules[name.rpartition(".")[0]])
         _check_options(name, modules[name], wanted, reuse, fp8_input_gradient, learned_scales)
@@ -228,6 +203,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while (inner := getattr(model, "_orig_mod", model.module if isinstance(model, parallel) else None)) is not None:
         model = inner
     return model
+
+
+def _choose(
+    model: nn.Module, modules: dict[str, nn.Module], rules: Sequence[Rule], ignore: Sequence[str]
+) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """The scheme of each module that trains quantized, and why others that match do not."""
+    matched = [_matching(modules, rule.targets) for rule in rules]
+    for target, names in (item for found in matched for item in found.items()):
+        if not names:
+            raise ValueError(_matches_nothing(target, modules))
+    ignored = _matching(modules, ignore)
+    for pattern, names in ignored.items():
+        if not names and pattern != "lm_head":
+            warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=3)
+
+    reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
+    chosen: dict[str, Scheme] = {}
+    for rule, found in zip(rules, matched, strict=True):
+        for name in (name for names in found.values() for name in names if name not in reasons | chosen):
+            if rule.scheme is None:
+                reasons[name] = f"left as it is by the rule for {', '.join(rule.targets)}"
+            else:
+                chosen[name] = Scheme.of(rule.scheme)
+    if not chosen:
+        all_targets = [target for rule in rules for target in rule.targets]
+        raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={all_targets} match.")
+    heads = [name for name in chosen if name.endswith(".lm_head")]
+    if heads and "lm_head" in ignore:
+        raise ValueError(
+            f"ignore='lm_head' does not cover {heads[0]}: names start at the module that is prepared. Prepare "
+            "the language model itself, or name the head as 're:.*lm_head$'."
+        )
+    return chosen, reasons
 
 
 def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> None:
