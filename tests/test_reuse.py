@@ -8,17 +8,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import os
-import socket
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -560,31 +556,7 @@ print("equal")
 
 def test_fsdp_weights_that_are_gathered_anew_are_quantized_anew(tmp_path):
     """Gathering writes where the weight was, with the version it had: nothing but the setting of it can be seen."""
-    (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    command = [sys.executable, str(tmp_path / "rank.py")]
-    ranks = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            output, errors = rank.communicate(timeout=240)
-            assert rank.returncode == 0, errors[-4000:]
-            assert output.split() == ["equal"]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert [output.split() for output in ranks.run(RANK, tmp_path)] == [["equal"], ["equal"]]
 
 
 # Copies, memory ------------------------------------------------------------------------------------------------------
