@@ -64,12 +64,7 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype, scheme = compute_dtype(input), self.scheme
-        served = scheme.weights.served_dtype
-        if dtype not in (served, torch.float32, torch.float64):
-            raise ValueError(
-                f"{self.qualified_name}: the forward computes in {dtype}, the scheme is served in {served}. "
-                "Train in the served dtype or in float32, or set served_dtype."
-            )
+        check_dtype(self.qualified_name, dtype, scheme)
         x, bias = input.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if self.observer is not None:
             self.observer.update(input.detach())
@@ -138,6 +133,11 @@ class QATLinear(nn.Linear):
             self._seen = state
         return True
 
+    @property
+    def learned_scale(self) -> Tensor | None:
+        """The parameter ``weight_scale``, if scales are learned."""
+        return self._parameters.get(learned.KEY)
+
     @torch.compiler.disable(reason="whether the kept weight is still the master's is looked up at each call")
     def _forward_reusing(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _StraightThroughLinear.apply(x, self.weight, bias, self.scheme, None, self.kept)
@@ -191,6 +191,29 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     # Autocast does not know the meta device, and dynamo in torch 2.11 not torch.amp.is_autocast_available.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else input.dtype
+
+
+def check_dtype(name: str, dtype: torch.dtype, scheme: Scheme) -> None:
+    """ValueError if the layer `name` would compute in a 16-bit dtype other than the served one."""
+    served = scheme.weights.served_dtype
+    if dtype not in (served, torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: the forward computes in {dtype}, the scheme is served in {served}. Train in the served dtype or "
+            "in float32, or set served_dtype."
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, amax: Tensor | None = None) -> Tensor:
+    """What `QATLinear` computes of `x` ``[..., K]``, ``[..., N]``, for a weight ``[N, K]`` that need be no parameter.
+
+    Gradients flow straight-through to `x`, `weight` and `bias`; `x` and `bias` are in the dtype to compute in. `amax`
+    is as in `grid.quantize`. For schemes whose inputs have no measured scale.
+    """
+    if scheme.activations is None:
+        return _StraightThroughLinear.apply(x, weight, bias, scheme, amax, None)
+    kernel = kernels.training(scheme, weight.device)
+    codes, scale, _, second = kernel.quantize_activations(x.detach(), scheme.activations, None)
+    return _QuantizedInputLinear.apply(x, weight, bias, amax, codes, scale, second, (scheme, False))
 
 
 # Inputs as they are --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +14,31 @@ import torch
 from torch import nn
 
 from lockstep.qat import learned
+from lockstep.qat.experts import QATExperts, layout_of, qat_class
 from lockstep.qat.linear import QATLinear, SharedInput
 from lockstep.qat.reuse import Kept, Reuse
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
 
 # Engines run these as one layer: they are quantized alike, and share what is scaled by the tensor.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Under what name torch.compile's, FSDP1's and activation checkpointing's wrappers hold what they wrap.
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+OVERLOOKED = 0.05  # share of the parameters beyond which `prepare` warns of modules that no rule names
 
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One module that owns parameters: `scheme` if it trains quantized, else the `reason` why it does not."""
+    """One module that owns parameters: `scheme` if it trains quantized, else the `reason` why it does not.
+
+    `overlooked`: it owns a matrix, and no rule, target or ignore names it.
+    """
 
     name: str
     kind: str
     parameters: int
     scheme: Scheme | None = None
     reason: str = ""
+    overlooked: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,16 @@ class PrepareReport:
     @property
     def quantized_share(self) -> float:
         """Share of the parameters that are in quantized modules."""
-        return sum(row.parameters for row in self.quantized) / max(1, sum(row.parameters for row in self.rows))
+        return self.share(self.quantized)
+
+    @property
+    def overlooked(self) -> tuple[ModuleRow, ...]:
+        """The modules with a matrix that no rule, target or ignore names: embeddings, routers, what is forgotten."""
+        return tuple(row for row in self.rows if row.overlooked)
+
+    def share(self, rows: Iterable[ModuleRow]) -> float:
+        """Share of the parameters that are in `rows`."""
+        return sum(row.parameters for row in rows) / max(1, sum(row.parameters for row in self.rows))
 
     def __rich__(self):  # type: ignore[no-untyped-def]
         from rich.table import Table
@@ -59,6 +77,8 @@ class PrepareReport:
         table = Table(
             title=f"{len(self.quantized)} modules train quantized, {self.quantized_share:.1%} of the parameters",
             title_justify="left",
+            caption=f"named by no rule: {self._overlooked_in_words()}" if self.overlooked else None,
+            caption_justify="left",
         )
         for header in ("module", "type", "parameters", "trains as", "why not quantized"):
             table.add_column(header, justify="right" if header == "parameters" else "left", overflow="fold")
@@ -66,6 +86,14 @@ class PrepareReport:
             shown = f"{name}  x{len(rows)}" if len(rows) > 1 else rows[0].name
             table.add_row(shown, kind, f"{sum(row.parameters for row in rows):,}", scheme, reason)
         return table
+
+    def _overlooked_in_words(self) -> str:
+        kinds: dict[str, list[ModuleRow]] = {}
+        for row in self.overlooked:
+            kinds.setdefault(row.kind, []).append(row)
+        return ", ".join(
+            f"{len(rows)} {kind} ({self.share(rows):.1%} of the parameters)" for kind, rows in kinds.items()
+        )
 
     def __str__(self) -> str:
         return as_text(self)
@@ -82,6 +110,9 @@ def prepare(
 ) -> PrepareReport:
     """Make the matching layers of `model` train on the weights, and inputs, that `scheme` will serve.
 
+    Layers are ``nn.Linear`` and transformers' mixtures of experts (3-D parameters ``gate_up_proj`` or ``up_proj``, and
+    ``down_proj``), which to engines are of the class ``Linear`` too: see `lockstep.qat.experts`.
+
     Swaps ``module.__class__`` in place: no parameter or state-dict key is added, so optimizers, checkpoints and
     sharding see the model that they know. The one exception is a scheme with measured input ranges (``FP8``,
     ``NVFP4``): each layer gets the buffer ``input_scale`` (``input_global_scale``), fp32 ``[1]``, which
@@ -89,7 +120,7 @@ def prepare(
     `fp8_input_gradient`, which are as the last call says. Works on the ``meta`` device, where only shapes are checked.
 
     Args:
-        model: any module tree with ``nn.Linear`` layers.
+        model: any module tree with such layers.
         scheme: a preset's name (``"W4A16"``), a `Scheme`, or a recipe: a list of `Rule`, of which the first that
             matches a layer wins, and whose own targets take the place of `targets`.
         targets: what to quantize: class names, exact module names or ``re:`` regexes, as in compressed-tensors.
@@ -97,11 +128,12 @@ def prepare(
         reuse: what a layer keeps while its master stays as it is, for the micro-batches of an optimizer step and for
             activation checkpointing: ``"codes"`` (half a byte a weight), ``"weight"`` (the dequantized weight), or
             None: nothing, each pass quantizes again. See `lockstep.qat.reuse`. It breaks a ``torch.compile`` graph.
-            For symmetric INT4 weights with inputs as they are.
+            For symmetric INT4 weights with inputs as they are; experts keep nothing.
         fp8_input_gradient: compute the gradient of a layer's input on fp8 codes, of the incoming gradient by token and
-            of the weight as it is served: faster, less exact. For fp8 schemes scaled by channel or tensor.
+            of the weight as it is served: faster, less exact. For fp8 schemes scaled by channel or tensor; experts do
+            not.
         learned_scales: make the weight scales parameters (``weight_scale``, fp32) that train along: see
-            `lockstep.qat.learned`. For symmetric integer weights. It breaks a ``torch.compile`` graph.
+            `lockstep.qat.learned`. For symmetric integer weights of ``nn.Linear``. It breaks a ``torch.compile`` graph.
 
     Returns:
         A row for every module that owns parameters: what it trains as, or why it is left as it was.
@@ -118,14 +150,19 @@ def prepare(
         raise ValueError(f"reuse={reuse!r}: choose {' or '.join(map(repr, get_args(Reuse)))}, or None.")
     rules = _rules(scheme, _patterns(targets))
     ignore = _patterns(ignore)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     chosen, reasons = _choose(model, modules, rules, ignore)
+    of_experts = {name: wanted for name, wanted in chosen.items() if layout_of(modules[name])}
+    chosen = {name: wanted for name, wanted in chosen.items() if name not in of_experts}
     for name, wanted in chosen.items():
         _check(name, modules[name], wanted, parent=modules[name.rpartition(".")[0]])
         _check_options(name, modules[name], wanted, reuse, fp8_input_gradient, learned_scales)
-    for name, layer in quantized_modules(model):
-        if layer.scheme != chosen.get(name):
-            raise ValueError(_prepared_already(name, layer.scheme, chosen.get(name)))
+    for name, wanted in of_experts.items():
+        _check_experts(name, modules[name], wanted, learned_scales)
+    prepared: list[tuple[str, Any]] = [*quantized_modules(model), *quantized_experts(model)]
+    for name, layer in prepared:
+        if layer.scheme != (now := (chosen | of_experts).get(name)):
+            raise ValueError(_prepared_already(name, layer.scheme, now))
     fused = _fused(chosen)
     shared = {tuple(siblings): SharedInput(len(siblings)) for siblings in fused.values() if len(siblings) > 1}
 
@@ -142,8 +179,14 @@ def prepare(
         inputs = wanted.activations
         if inputs is not None and inputs.stores_scale and inputs.scale_name not in module._buffers:
             module.register_buffer(inputs.scale_name, torch.full((1,), torch.nan, device=module.weight.device))
+    for name, wanted in of_experts.items():
+        module = modules[name]
+        module.scheme, module.qualified_name, module.layout = wanted, name, layout_of(module)
+        module.__class__ = type(module) if isinstance(module, QATExperts) else qat_class(type(module))
     every_target = tuple(dict.fromkeys(target for rule in rules for target in rule.targets))
-    return PrepareReport(tuple(_rows(modules, reasons, every_target)))
+    report = PrepareReport(tuple(_rows(modules, reasons, every_target)))
+    _warn_of_overlooked(report)
+    return report
 
 
 def unprepare(model: nn.Module) -> None:
@@ -168,12 +211,23 @@ def unprepare(model: nn.Module) -> None:
         ):
             vars(module).pop(name, None)
         module.__class__ = nn.Linear  # type: ignore[assignment]
+    for _, experts in list(quantized_experts(model)):
+        for name in ("scheme", "qualified_name", "layout"):
+            delattr(experts, name)
+        experts.__class__ = experts.plain_class  # type: ignore[assignment]
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     """Names and modules of the layers that `prepare` switched, in the model's order."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, QATLinear):
+            yield name, module
+
+
+def quantized_experts(model: nn.Module) -> Iterator[tuple[str, QATExperts]]:
+    """Names and modules of the mixtures of experts that `prepare` switched, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, QATExperts):
             yield name, module
 
 
@@ -198,11 +252,36 @@ def run_as_one(names: Iterable[str]) -> list[list[str]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s or data parallelism's wrapper, with the names that engines know."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while (inner := getattr(model, "_orig_mod", model.module if isinstance(model, parallel) else None)) is not None:
-        model = inner
+    """The model inside ``torch.compile``'s, data parallelism's or DeepSpeed's wrapper, with the names engines know."""
+    while (bare := inner(model)) is not None:
+        model = bare
     return model
+
+
+def inner(module: nn.Module) -> nn.Module | None:
+    """The module that `module` wraps and passes its inputs to, or None: it is no wrapper known here.
+
+    Known are ``torch.compile``, DataParallel, DDP, FSDP1, torch's checkpoint_wrapper and DeepSpeed's engine.
+    """
+    for name in WRAPPED:
+        if name in module._modules:
+            return module._modules[name]
+    deepspeed = sys.modules.get("deepspeed")
+    engines = (deepspeed.DeepSpeedEngine,) if hasattr(deepspeed, "DeepSpeedEngine") else ()
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, *engines)
+    return module.module if isinstance(module, parallel) else None
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules as ``model.named_modules()``, but without wrappers within the model and their part of names."""
+    for name, module in model.named_modules():
+        if inner(module) is None:
+            yield (
+                re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)", "", name).lstrip(
+                    "."
+                ),
+                module,
+            )
 
 
 def _choose(
@@ -266,6 +345,31 @@ def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> N
         raise ValueError(f"{name}, weight of shape {shape}: {error} Or name the module in ignore.") from None
 
 
+def _check_experts(name: str, module: Any, scheme: Scheme, learned_scales: bool) -> None:
+    layout = layout_of(module)
+    assert layout is not None
+    if learned_scales:
+        raise ValueError(f"{name} holds fused experts, whose scales are not learned: name it in ignore.")
+    if scheme.activations is not None and scheme.activations.stores_scale:
+        raise ValueError(
+            f"{name} holds fused experts, and {scheme.activations} inputs have a measured range: choose a scheme with "
+            "dynamic inputs (FP8_DYNAMIC, W8A8), or name it in ignore."
+        )
+    if "forward" in vars(module):
+        raise TypeError(f"{name} has a forward of its own set on the instance, which would bypass the quantization.")
+    for parameter in (layout.first, "down_proj"):
+        weight = module._parameters[parameter]
+        if weight.dtype not in DTYPES.values():
+            raise TypeError(f"{name}.{parameter} needs weights in {', '.join(DTYPES)}, found {weight.dtype}.")
+        try:
+            scheme.weights.num_groups(layout.rows(weight).shape[-1])
+            if scheme.activations is not None:
+                scheme.activations.num_groups(layout.rows(weight).shape[-1])
+        except ValueError as error:
+            shape = tuple(weight.shape)
+            raise ValueError(f"{name}.{parameter} of shape {shape}: {error} Or name the module in ignore.") from None
+
+
 def _check_options(
     name: str, module: Any, scheme: Scheme, reuse: Reuse | None, fp8_input_gradient: bool, learned_scales: bool
 ) -> None:
@@ -327,11 +431,16 @@ def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _matching(modules: dict[str, nn.Module], patterns: Iterable[str]) -> dict[str, list[str]]:
-    # compressed-tensors' own matcher, so that a pattern means here what it means to the engines.
+    # compressed-tensors' own matcher, so that a pattern means here what it means to the engines, to which experts are
+    # of the class Linear too.
     from compressed_tensors.utils import is_match
 
     return {
-        pattern: [name for name, module in modules.items() if name and is_match(name, module, pattern)]
+        pattern: [
+            name
+            for name, module in modules.items()
+            if name and (is_match(name, module, pattern) or (pattern == "Linear" and layout_of(module)))
+        ]
         for pattern in patterns
     }
 
@@ -360,12 +469,24 @@ def _rows(modules: dict[str, nn.Module], reasons: dict[str, str], targets: Seque
         shared = {owners[id(parameter)] for parameter in own if id(parameter) in owners}
         parameters = sum(parameter.numel() for parameter in own if id(parameter) not in owners)
         owners |= {id(parameter): name for parameter in own if id(parameter) not in owners}
-        if isinstance(module, QATLinear):
-            yield ModuleRow(name, "Linear", parameters, module.scheme)
+        if isinstance(module, QATLinear | QATExperts):
+            kind = "Linear" if isinstance(module, QATLinear) else module.plain_class.__name__
+            yield ModuleRow(name, kind, parameters, module.scheme)
         elif own:
             reason = reasons.get(name, f"not a target ({', '.join(targets)})")
             tied = f", tied to {', '.join(sorted(shared))}" if shared else ""
-            yield ModuleRow(name, type(module).__name__, parameters, None, reason + tied)
+            overlooked = name not in reasons and any(parameter.ndim >= 2 for parameter in own)
+            yield ModuleRow(name, type(module).__name__, parameters, None, reason + tied, overlooked)
+
+
+def _warn_of_overlooked(report: PrepareReport) -> None:
+    rows = [row for row in report.overlooked if row.kind not in ("Embedding", "Linear")]
+    if (share := report.share(rows)) > OVERLOOKED:
+        warnings.warn(
+            f"{share:.0%} of the parameters stay as they are in modules that no rule names, the first is "
+            f"{rows[0].name} ({rows[0].kind}). Name them in targets or in ignore.",
+            stacklevel=3,
+        )
 
 
 def _alike(rows: Iterable[ModuleRow]) -> dict[tuple[str, str, str, str], list[ModuleRow]]:

@@ -1,0 +1,340 @@
+"""`QATExperts`: mixture-of-experts modules whose forward multiplies with the weights that will be served.
+
+transformers keeps the experts of a layer as 3-D parameters of one module, without an ``nn.Linear``, and computes them
+in one of several implementations (eager, ``batched_mm``, ``grouped_mm``, DeepGEMM, ...) that all read the parameters
+from the module they are called with. Here they are called with a stand-in that holds the quantized weights in their
+place, so that what is served reaches the GEMM whichever implementation runs; its gradient is handed to the master
+unchanged (straight-through).
+
+Where the serving kernel does more than multiply with ``RN(code * scale)`` - scales that follow the GEMM, quantized
+inputs - no implementation of transformers has its order, and the experts are computed one after another by the linear
+forward that `QATLinear` has: `by_expert`.
+
+Engines multiply an expert's output by its router weight in the served dtype (vLLM's and SGLang's fused experts), so
+router weights are rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lockstep import grid, kernels
+from lockstep.grid import Quantized
+from lockstep.qat.linear import check_dtype, compute_dtype, linear
+from lockstep.scheme import Scheme
+
+GATED, PLAIN, DOWN = "gate_up_proj", "up_proj", "down_proj"
+
+
+class Layout(NamedTuple):
+    """How a module keeps its experts.
+
+    `first` is the parameter before the activation, ``gate_up_proj`` ``[E, 2I, H]`` or ``up_proj`` ``[E, I, H]``;
+    ``down_proj`` is ``[E, H, I]``; `transposed`: both have their last two dimensions the other way around;
+    `interleaved`: gate and up are the even and odd rows of `first`, not its halves.
+    """
+
+    first: str
+    transposed: bool
+    interleaved: bool
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """A view of a parameter ``[..., N, K]`` or ``[..., K, N]`` as ``[..., N, K]``."""
+        return weight.mT if self.transposed else weight
+
+    def parts(self, n: int) -> dict[str, tuple[str, slice]]:
+        """The projections by the names that engines know: their parameter and their rows, of `n` in `first`."""
+        down = {DOWN: (DOWN, slice(None))}
+        if self.first == PLAIN:
+            return {PLAIN: (PLAIN, slice(None))} | down
+        if self.interleaved:
+            return {"gate_proj": (GATED, slice(0, n, 2)), PLAIN: (GATED, slice(1, n, 2))} | down
+        return {"gate_proj": (GATED, slice(0, n // 2)), PLAIN: (GATED, slice(n // 2, n))} | down
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """How `module` keeps its experts, or None if it is no module of experts in transformers' pattern."""
+    own = module._parameters
+    first = next((name for name in (GATED, PLAIN) if own.get(name) is not None and own[name].ndim == 3), None)  # type: ignore[union-attr]
+    down = own.get(DOWN)
+    if first is None or down is None or down.ndim != 3:
+        return None
+    (_, a, b), (_, c, d) = own[first].shape, down.shape  # type: ignore[union-attr]
+    width = 2 if first == GATED else 1
+    # Both hold for no shape, so that a wrong attribute cannot mislead.
+    if (a, b) == (width * d, c):
+        transposed = False
+    elif (b, a) == (width * c, d):
+        transposed = True
+    else:
+        return None
+    return Layout(first, transposed, not getattr(module, "is_concatenated", True))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One projection of one expert: what engines name, store and run as a linear layer. It has what `QATLinear` has.
+
+    Called with inputs ``[M, in_features]`` it computes what the serving kernel does, ``[M, out_features]``.
+    """
+
+    qualified_name: str
+    scheme: Scheme
+    weight: Tensor
+    bias: Tensor | None
+    sharing: tuple[Tensor, ...]
+
+    observer: ClassVar[None] = None
+    learned_scale: ClassVar[None] = None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.weight, bias, self.scheme, self.amax())
+
+    def quantize(self) -> Quantized:
+        """The weight as it is served."""
+        return grid.quantize(self.weight.detach(), self.scheme.weights, self.amax())
+
+    def amax(self) -> Tensor | None:
+        """The largest magnitude of the weights that share a scale with this one's, if the scheme has such a one."""
+        if not self.scheme.weights.per_tensor:
+            return None
+        return torch.stack([grid.largest(weight) for weight in self.sharing]).amax(0)
+
+    def stored_scale(self) -> None:
+        """None: schemes with measured input ranges are refused for experts."""
+        return
+
+
+class QATExperts(nn.Module):
+    """A module of experts that `lockstep.prepare` has switched to quantization-aware training.
+
+    Made by swapping ``module.__class__`` for a subclass of this and of the module's own (`qat_class`): parameters and
+    state-dict keys stay, and reading ``module.gate_up_proj`` gives the master.
+
+    Between forward and backward references to the masters are kept, and nothing else: what a GEMM saves of a quantized
+    weight is computed again, of the experts that it used. Not so in a compiled graph, or under an activation
+    checkpoint or another saved-tensor hook, which see the quantized weights and do with them as they do.
+
+    Raises:
+        ValueError: the forward would compute in a 16-bit dtype other than the one served, or the experts are sharded.
+    """
+
+    scheme: Scheme
+    qualified_name: str
+    layout: Layout
+    plain_class: ClassVar[type[nn.Module]]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = compute_dtype(hidden_states)
+        check_dtype(self.qualified_name, dtype, self.scheme)
+        served = self.scheme.weights.served_dtype
+        args, kwargs = (
+            tuple([_rounded(one, served) for one in args]),
+            {k: _rounded(v, served) for k, v in kwargs.items()},
+        )
+        if in_kernels_order(self):
+            run = dict(experts(self))
+            routing = (*args, *kwargs.values())
+            return by_expert(self, hidden_states, *routing, linear=lambda name, x: run[name](x))
+        masters = {name: _whole(self, name) for name in (self.layout.first, DOWN)}
+        quantized = {name: _quantized(master, self.layout, self.scheme, dtype) for name, master in masters.items()}
+        with _computed_again(masters, quantized, self.layout, self.scheme):
+            return self.plain_class.forward(_standing_in(self, quantized), hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class has no name that a pickle could find
+        _, _, *rest = tuple(super().__reduce_ex__(protocol))
+        return (_new, (self.plain_class,), *rest)
+
+    def extra_repr(self) -> str:
+        return f"scheme={self.scheme}"
+
+
+@cache
+def qat_class(plain: Any) -> type[QATExperts]:
+    """The `QATExperts` of a class of experts."""
+    return type(f"QAT{plain.__name__}", (QATExperts, plain), {"plain_class": plain})
+
+
+def experts(module: QATExperts) -> Iterator[tuple[str, Expert]]:
+    """The projections of each expert: ``"3.gate_proj"``, ``"3.up_proj"``, ``"3.down_proj"`` and what they are.
+
+    Their weights are views of the masters, through which gradients flow.
+    """
+    layout = module.layout
+    weights = {name: layout.rows(_whole(module, name)) for name in (layout.first, DOWN)}
+    biases = {name: getattr(module, f"{name}_bias", None) for name in weights}
+    parts = layout.parts(weights[layout.first].shape[1])
+    split = {part: weights[name][:, rows].unbind(0) for part, (name, rows) in parts.items()}
+    none = (None,) * len(split[DOWN])
+    split_biases = {
+        part: none if (bias := biases[name]) is None else bias[:, rows].unbind(0)
+        for part, (name, rows) in parts.items()
+    }
+    for expert in range(len(split[DOWN])):
+        for part in parts:
+            # Engines run gate and up as one layer, with one scale where a scale is the tensor's.
+            sharing = tuple(split[one][expert] for one in parts if (one == DOWN) == (part == DOWN))
+            name = f"{module.qualified_name}.{expert}.{part}"
+            yield (
+                f"{expert}.{part}",
+                Expert(name, module.scheme, split[part][expert], split_biases[part][expert], sharing),
+            )
+
+
+def by_expert(module: Any, hidden_states: Tensor, *routing: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """The experts one after another, each projection by ``linear("3.gate_proj", x)``, in the order of the engines.
+
+    `hidden_states` is ``[..., H]``; `routing`, in any order, the experts of each token, integers ``[T, k]``, and their
+    weights, ``[T, k]``: an expert's output, in the dtype computed in, times its weight, is rounded, and the sum over k
+    rounded once. An index beyond the last expert is nobody's.
+
+    Raises:
+        TypeError: this class of experts is not called with indices and weights.
+    """
+    if len(routing) != 2 or not all(isinstance(one, Tensor) and one.ndim == 2 for one in routing):
+        raise TypeError(
+            f"{module.qualified_name}: {module.plain_class.__name__} is not called with the experts of each token and "
+            f"their weights, so {module.scheme} cannot be computed in its kernel's order. Choose a group-wise "
+            "weight-only scheme for it."
+        )
+    weights, index = sorted(routing, key=lambda one: not one.is_floating_point())
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(hidden_states))
+    count = _whole(module, DOWN).shape[0]
+    outputs, places = [], []
+    for expert in range(count):
+        token, rank = torch.where(index == expert)
+        if not len(token):
+            continue
+        x = rows[token]
+        if module.layout.first == GATED:
+            gate, up = linear(f"{expert}.gate_proj", x), linear(f"{expert}.up_proj", x)
+            joined = torch.stack((gate, up), -1).flatten(-2) if module.layout.interleaved else torch.cat((gate, up), -1)
+            x = _apply_gate(module, joined)
+        else:
+            x = module.act_fn(linear(f"{expert}.up_proj", x))
+        y = linear(f"{expert}.{DOWN}", x.to(rows.dtype))
+        outputs.append(y * weights[token, rank].to(y.dtype).unsqueeze(-1))
+        places.append(token * index.shape[1] + rank)
+    if not outputs:
+        return torch.zeros_like(hidden_states)
+    slots = rows.new_zeros(index.numel(), rows.shape[1]).index_copy(0, torch.cat(places), torch.cat(outputs))
+    summed = slots.unflatten(0, index.shape).sum(1)
+    return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def in_kernels_order(module: QATExperts) -> bool:
+    """Whether multiplying with dequantized weights is not what the serving kernel does: see `by_expert`."""
+    layout, scheme = module.layout, module.scheme
+    widths = [layout.rows(_whole(module, name)).shape[-1] for name in (layout.first, DOWN)]
+    return scheme.activations is not None or any(scheme.weights.scale_follows_gemm(k) for k in widths)
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    return object.__new__(qat_class(plain))
+
+
+def _apply_gate(module: Any, gate_up: Tensor) -> Tensor:
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _whole(module: QATExperts, name: str) -> Tensor:
+    # Not module._parameters[name]: with peft's target_parameters the attribute is the master plus the adapter.
+    weight = getattr(module, name)
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"{module.qualified_name}.{name} is sharded in its forward (tensor or expert parallelism), which this "
+            "version does not train quantized: shard it with FSDP2, which gathers it, or name it in ignore."
+        )
+    return weight
+
+
+# The stand-in ---------------------------------------------------------------------------------------------------------
+
+
+def _standing_in(module: QATExperts, quantized: dict[str, Tensor]) -> nn.Module:
+    """A module of the plain class with all that `module` has, but for the quantized weights."""
+    stand_in = object.__new__(module.plain_class)
+    left = {name: parameter for name, parameter in module._parameters.items() if name not in quantized}
+    vars(stand_in).update({**vars(module), "_parameters": left, **quantized})
+    return stand_in
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``[E, N, K]`` as it is served, in `dtype`; the gradient goes to the master unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+        return _served(rows, scheme, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0], None, None
+
+
+def _served(rows: Tensor, scheme: Scheme, dtype: torch.dtype, again: bool = False) -> Tensor:
+    kernel = kernels.training(scheme, rows.device)
+    return kernel.fake_quantize(rows.contiguous(), scheme.weights, again=again).to(dtype)
+
+
+def _quantized(master: Tensor, layout: Layout, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    return layout.rows(_FakeQuantize.apply(layout.rows(master), scheme, dtype))
+
+
+def _computed_again(
+    masters: dict[str, Tensor], quantized: dict[str, Tensor], layout: Layout, scheme: Scheme
+) -> AbstractContextManager:
+    """Let autograd save, of all that lies in the memory of `quantized`, only where it lies."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    memory = {weight.untyped_storage().data_ptr(): name for name, weight in quantized.items()}
+    versions = {name: master._version for name, master in masters.items()}
+    dtypes = {name: weight.dtype for name, weight in quantized.items()}
+
+    def pack(tensor: Tensor) -> Any:
+        name = memory.get(tensor.untyped_storage().data_ptr())
+        if name is None or not tensor.numel() or tensor.dtype != dtypes[name]:
+            return tensor
+        return name, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        name, shape, stride, offset = saved
+        master = masters[name].detach()
+        if master._version != versions[name]:
+            raise RuntimeError(f"{name} was changed in place between the forward and its backward.")
+        size = master[0].numel()
+        last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        first = offset // size
+        again = _served(layout.rows(master[first : last // size + 1]), scheme, dtypes[name], again=True)
+        return again.as_strided(shape, stride, offset - first * size)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
