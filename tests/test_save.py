@@ -561,11 +561,3 @@ def test_unprepared_again_is_refused(tmp_path):
     lockstep.unprepare(model)
     with pytest.raises(ExportError, match="no layer of this TinyMlp is prepared"):
         save_pretrained(model, tmp_path / "out")
-
-
-def test_fused_experts_are_refused():
-    """Engines look for ``experts.0.down_proj.weight``, transformers keeps all experts in one parameter."""
-    model = prepared(tiny_llama())
-    model.model.layers[0].mlp.experts = nn.ParameterDict({"down_proj": torch.zeros(2, 32, 32)})
-    with pytest.raises(ExportError, match=r"experts\.down_proj: this version does not store fused experts"):
-        next(stream(model))

@@ -19,14 +19,17 @@ from torch.func import functional_call
 from lockstep import activations, grid, kernels
 from lockstep.align import metrics
 from lockstep.align.report import AlignmentReport, EndToEnd, LayerAlignment
+from lockstep.export import hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equal
-from lockstep.export.save import quantization_config, served_state, served_tensor
+from lockstep.export.save import quantization_config
+from lockstep.export.served import Layer, quantized_keys, quantized_layers, served_plain, served_tensor
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel, scaled_mm
 from lockstep.loading import as_served
 from lockstep.qat import kv_cache
+from lockstep.qat.experts import Expert, QATExperts, by_expert
 from lockstep.qat.linear import QATLinear, compute_dtype
-from lockstep.qat.prepare import quantized_modules, unwrapped
+from lockstep.qat.prepare import quantized_experts, quantized_modules, unwrapped
 from lockstep.scheme import BLOCK, Scheme, TensorSpec, dtype_name
 
 # Rows of a layer's input that are computed again, in float64 and the classic way: enough for an error norm and a
@@ -64,9 +67,9 @@ def compare(
             ``meta``, or the batch reaches no quantized layer.
     """
     model = unwrapped(model)
-    layers = dict(quantized_modules(model))
-    if not layers:
+    if not any((*quantized_modules(model), *quantized_experts(model))):
         raise ValueError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
+    layers = _once(quantized_layers(model))
     if meta := [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device: load weights into the model first.")
     if observed := [name for name, layer in layers.items() if layer.observer is not None]:
@@ -93,9 +96,9 @@ def compare(
     watch = {row.name: partial(_watch, row, layers[row.name], serve[row.name]) for row in rows if row.name in serve}
     true = None
     with as_served(model, served):
-        fake = _logits(model, batch, watch)
+        fake = _logits(model, batch, _forwards(model, layers, watch, own=True))
         if len(serve) == len(layers) and plain is not None:
-            true = _logits(model, batch, serve, plain)
+            true = _logits(model, batch, _forwards(model, layers, serve), plain)
     if serve and not any(row.outputs for row in rows):
         raise ValueError("no quantized layer saw an input: the batch is empty, or the model does not call its layers.")
 
@@ -109,7 +112,15 @@ def compare(
     )
 
 
-def _true_kernels(names: Sequence[str], layers: Iterable[QATLinear], device: torch.device) -> dict[Scheme, Kernel]:
+def _once(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Each layer under the first of its names alone."""
+    first: dict[Layer, str] = {}
+    for name, layer in layers.items():
+        first.setdefault(layer, name)
+    return {name: layer for layer, name in first.items()}
+
+
+def _true_kernels(names: Sequence[str], layers: Iterable[Layer], device: torch.device) -> dict[Scheme, Kernel]:
     """For each scheme in use the first kernel of `names` that computes it."""
     found = {}
     for scheme in dict.fromkeys(layer.scheme for layer in layers):
@@ -129,7 +140,7 @@ Stored = tuple[Quantized, Tensor | None]
 
 
 def _compare_layers(
-    layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
+    layers: Mapping[str, Layer], stored: Checkpoint, device: torch.device
 ) -> tuple[list[LayerAlignment], dict[str, Stored]]:
     """Each layer's stored tensors against the trained ones; and those that a kernel can run, with their input scale."""
     rows, usable, fingerprints = [], {}, {}
@@ -206,7 +217,7 @@ def _first_difference(what: str, found: Tensor, trained: Tensor) -> str:
     return f"{count}, first at {where}: stored {one:.9g}, trained {other:.9g}"
 
 
-def _input_difference(layer: QATLinear, found: Tensor | None, trained: Tensor | None) -> str:
+def _input_difference(layer: Layer, found: Tensor | None, trained: Tensor | None) -> str:
     """What differs between the stored and the trained input scale, in words; empty if nothing does."""
     if found is None or trained is None or bitwise_equal(found, trained.detach()):  # both None, since the layouts agree
         return ""
@@ -223,7 +234,7 @@ def _fingerprint(quantized: Quantized) -> bytes:
 
 
 def _compare_config(
-    model: Any, layers: Mapping[str, QATLinear], rows: Iterable[LayerAlignment], stored: Checkpoint
+    model: Any, layers: Mapping[str, Layer], rows: Iterable[LayerAlignment], stored: Checkpoint
 ) -> dict[str, str]:
     """What ``config.json`` says otherwise than an export of this model would. Foreign ones have their own words."""
     problems = {}
@@ -275,36 +286,33 @@ _NOT_THE_MODEL = {
 
 
 def _compare_plain(
-    model: nn.Module, layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
+    model: nn.Module, layers: Mapping[str, Layer], stored: Checkpoint, device: torch.device
 ) -> dict[str, str]:
     """What is wrong with the tensors that are stored unquantized, by name."""
-    scheme = next(iter(layers.values())).scheme
-    modules = dict(model.named_modules(remove_duplicate=False))
-    quantized = {name for name, module in modules.items() if isinstance(module, QATLinear)}
-    known = set(model.state_dict())
-    problems = {name: "is not in the model" for name in stored.plain_tensors() if name not in known}
-    problems |= {name: "is not in the model" for name in stored.layers if f"{name}.weight" not in known}
-    for name in {*stored.layers} - quantized:
-        if f"{name}.weight" in known:
-            problems[name] = "is stored quantized, and trained as it is"
-    for name in quantized & {*stored.layers}:
-        if f"{name}.weight" in stored.plain_tensors():
-            problems[f"{name}.weight"] = "is stored plain beside its packed words"
-    for key, tensor in served_state(model).items():
-        owner, _, leaf = key.rpartition(".")
-        if owner in quantized and leaf == "weight":  # compared with its layer
+    quantized = quantized_layers(model)
+    known, problems = set(model.state_dict()), {}
+    for name, expected in served_plain(model, next(iter(layers.values())).scheme):
+        known.add(name)
+        if name not in stored.tensors:
+            problems[name] = "is not in the checkpoint"
             continue
-        if key not in stored.tensors:
-            problems[key] = "is not in the checkpoint"
-            continue
-        expected, found = served_tensor(model, key, tensor, scheme), stored.tensor(key).to(device)
+        found = stored.tensor(name).to(device)
         if found.dtype != expected.dtype or found.shape != expected.shape:
-            problems[key] = (
+            problems[name] = (
                 f"stored as {list(found.shape)} {found.dtype}, trained as {list(expected.shape)} {expected.dtype}"
             )
         elif not bitwise_equal(found, expected):
             differing = int((found != expected).sum())
-            problems[key] = f"{differing} of {found.numel()} values differ from the trained ones"
+            problems[name] = f"{differing} of {found.numel()} values differ from the trained ones"
+    for name in stored.layers:
+        if name not in quantized:
+            plain = f"{name}.weight" in known
+            problems[name] = "is stored quantized, and trained as it is" if plain else "is not in the model"
+    for name in stored.plain_tensors():
+        if name not in known:
+            problems[name] = "is not in the model"
+        if name.removesuffix(".weight") in quantized.keys() & {*stored.layers}:
+            problems[name] = "is stored plain beside its packed words"
     for key, buffer in model.named_buffers():
         if key.endswith("inv_freq") and buffer.dtype != torch.float32:
             problems[key] = (
@@ -315,22 +323,29 @@ def _compare_plain(
 
 
 def _usable_plain_tensors(
-    model: nn.Module, layers: Mapping[str, QATLinear], stored: Checkpoint, device: torch.device
+    model: nn.Module, layers: Mapping[str, Layer], stored: Checkpoint, device: torch.device
 ) -> dict[str, Tensor] | None:
     """The stored unquantized tensors that the model has, under the first of its names; None if one does not fit."""
-    scheme = next(iter(layers.values())).scheme
-    own = dict((*model.named_parameters(), *model.named_buffers()))
-    plain = {name: stored.tensor(name).to(device) for name in stored.plain_tensors() if name in own}
-    for name, tensor in plain.items():
-        if (tensor.shape, tensor.dtype) != (own[name].shape, served_tensor(model, name, own[name], scheme).dtype):
-            return None
+    scheme, quantized = next(iter(layers.values())).scheme, quantized_keys(model)
+    names, plain = {*stored.plain_tensors()}, {}
+    for key, own in (*model.named_parameters(), *model.named_buffers()):
+        pieces = hub.pieces(model, key, own.shape) if key not in quantized else {}
+        if not pieces or not pieces.keys() <= names:
+            continue
+        whole = torch.empty_like(own, dtype=served_tensor(model, key, own, scheme).dtype)
+        for name, piece in pieces.items():
+            tensor, place = stored.tensor(name).to(device), whole[piece.where] if piece.where else whole
+            if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+                return None
+            place.copy_(tensor)
+        plain[key] = whole
     return plain
 
 
 Forward = Callable[[Tensor], Tensor]
 
 
-def _run(kernel: Kernel, name: str, layer: QATLinear, weight: Quantized, scale: Tensor | None, input: Tensor) -> Tensor:
+def _run(kernel: Kernel, name: str, layer: Layer, weight: Quantized, scale: Tensor | None, input: Tensor) -> Tensor:
     """The true kernel on the stored words, with the stored input scale."""
     dtype = compute_dtype(input)
     bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -340,14 +355,14 @@ def _run(kernel: Kernel, name: str, layer: QATLinear, weight: Quantized, scale: 
         raise ValueError(f"{name}: {error}") from error
 
 
-def _watch(row: LayerAlignment, layer: QATLinear, serve: Forward, input: Tensor) -> Tensor:
+def _watch(row: LayerAlignment, layer: Layer, serve: Forward, input: Tensor) -> Tensor:
     """Compute as the layer does, and compare with the true kernel on the way."""
-    fake = QATLinear.forward(layer, input)
+    fake = layer(input) if isinstance(layer, Expert) else QATLinear.forward(layer, input)
     _measure(row, layer, input, fake, serve(input))
     return fake
 
 
-def _measure(row: LayerAlignment, layer: QATLinear, x: Tensor, fake: Tensor, true: Tensor) -> None:
+def _measure(row: LayerAlignment, layer: Layer, x: Tensor, fake: Tensor, true: Tensor) -> None:
     """Fold one call of a layer into its row: sizes are summed, shares averaged, extremes kept."""
     if not fake.numel():
         return
@@ -369,7 +384,7 @@ def _measure(row: LayerAlignment, layer: QATLinear, x: Tensor, fake: Tensor, tru
             row.classic_equal = (_classic(layer, x[sample]) == other).double().mean().item()
 
 
-def _float64(layer: QATLinear, x: Tensor) -> Tensor:
+def _float64(layer: Layer, x: Tensor) -> Tensor:
     """The layer's output for rows `x` in float64: on the trained codes and scales, and on the codes of its inputs."""
     spec, inputs = layer.scheme.weights, layer.scheme.activations
     quantized = layer.quantize()
@@ -410,7 +425,7 @@ def _exact_inputs(quantized: Quantized) -> Tensor:
     return rows if global_scale is None else rows / global_scale.double()
 
 
-def _classic(layer: QATLinear, x: Tensor) -> Tensor:
+def _classic(layer: Layer, x: Tensor) -> Tensor:
     """The layer's output for rows `x` as fake quant usually is computed: ``F.linear`` of dequantized tensors."""
     spec, inputs = layer.scheme.weights, layer.scheme.activations
     if inputs is not None:
@@ -419,23 +434,49 @@ def _classic(layer: QATLinear, x: Tensor) -> Tensor:
     return F.linear(x, grid.dequantize(layer.quantize(), spec).to(x.dtype), bias)
 
 
+def _forwards(
+    model: nn.Module, layers: Mapping[str, Layer], each: Mapping[str, Forward], own: bool = False
+) -> dict[nn.Module, Callable[..., Tensor]]:
+    """The forward of each module in which `each` layer runs as given. With `own`, experts run that way only to be
+    watched, and their module gives what it computes itself, in whichever implementation."""
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    mixtures: dict[nn.Module, dict[str, Forward]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Expert):
+            mixtures.setdefault(layer.module, {})[layer.leaf] = each.get(name, layer)
+        elif name in each:
+            forwards[layer] = each[name]
+    return forwards | {module: partial(_run_experts, module, of, own) for module, of in mixtures.items()}  # type: ignore[arg-type]
+
+
+def _run_experts(
+    module: QATExperts, each: Mapping[str, Forward], own: bool, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    dtype = module.scheme.weights.served_dtype
+    routing = [one.to(dtype) if one.is_floating_point() else one for one in (*args, *kwargs.values())]
+    output = by_expert(module, hidden, *routing, linear=lambda expert, x: each[expert.leaf](x))
+    return type(module).forward(module, hidden, *args, **kwargs) if own else output
+
+
 def _logits(
-    model: nn.Module, batch: Batch, forwards: Mapping[str, Forward], tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    batch: Batch,
+    forwards: Mapping[nn.Module, Callable[..., Tensor]],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The model's logits with some layers' forwards, and some parameters and buffers, replaced for this call."""
-    layers = {name: model.get_submodule(name) for name in forwards}
     # An instance may have a forward of its own by now, as accelerate's hooks set it.
-    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.forward = forwards[name]
+    own = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
         output = functional_call(model, dict(tensors or {}), args, kwargs)
     finally:
-        for name, layer in layers.items():
-            del layer.forward
-            if own[name] is not None:
-                setattr(layer, "forward", own[name])  # noqa: B010
+        for module, earlier in own.items():
+            del module.forward
+            if earlier is not None:
+                setattr(module, "forward", earlier)  # noqa: B010
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model returned {type(output).__name__}: alignment needs logits or a tensor.")

@@ -6,6 +6,7 @@ them. Readable by ``compressed_tensors.QuantizationConfig``, and so by vLLM, SGL
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ METHOD = "compressed-tensors"
 MIXED = "mixed-precision"
 
 _TYPES = {"int4": ("int", 4), "int8": ("int", 8), "fp8_e4m3": ("float", 8), "fp4_e2m1": ("float", 4)}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
@@ -30,12 +32,15 @@ def config(
     the one group, or of each by its name.
 
     Args:
-        groups: a single one is declared for all linear layers, several for their layers by name.
+        groups: a single one is declared for all linear layers; of several the first that has experts, since SGLang
+            looks for theirs under no other target, and the others for their layers by name.
         ignored: the linear layers that are left as they are.
         kv_cache: the ``kv_cache_scheme``, if keys and values are quantized.
     """
     named = {f"group_{number}": group for number, group in enumerate(groups)}
     formats = {group.format for group in groups}
+    of_experts = [name for name, group in named.items() if any(map(_EXPERT.search, group.layers))]
+    of_class = [*of_experts, *named][0] if of_experts or len(groups) == 1 else None
     entries = {name: provenance(group.scheme) for name, group in named.items()}
     return {
         "quant_method": METHOD,
@@ -46,7 +51,7 @@ def config(
         "config_groups": {
             name: {
                 # Names and not patterns: engines that rename a model's parts rename these too.
-                "targets": list(group.layers) if len(groups) > 1 else ["Linear"],
+                "targets": ["Linear"] if name == of_class else list(group.layers),
                 "format": group.format,
                 "input_activations": group.scheme.activations and _inputs(group.scheme.activations),
                 "output_activations": None,

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from lockstep.export import compressed_tensors, formats
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError
-from lockstep.export.served import kv_cache_scheme, prepared_cache, quantized_layers, served_state, stored_as
+from lockstep.export.gather import whole, without_wrappers
+from lockstep.export.hub import layer_name
+from lockstep.export.served import (
+    Layer,
+    kv_cache_scheme,
+    prepared_cache,
+    quantized_keys,
+    quantized_layers,
+    served_state,
+    stored_as,
+)
 from lockstep.qat import learned
-from lockstep.qat.linear import QATLinear
-from lockstep.qat.prepare import FUSED, run_as_one
+from lockstep.qat.experts import Expert
+from lockstep.qat.prepare import FUSED, run_as_one, unwrapped
 from lockstep.scheme import BLOCK
 
 
@@ -26,28 +36,33 @@ def check_exportable(model: nn.Module, format: str | None = None) -> None:
             for several schemes, or for the KV cache.
         ValueError: an unknown format.
     """
+    model = unwrapped(model)
+    with without_wrappers(model):
+        _check_exportable(model, format)
+
+
+def _check_exportable(model: nn.Module, format: str | None) -> None:
     layers = quantized_layers(model)
     by_layer = stored_as(layers, format)
     state = served_state(model)
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ExportError(f"{odd[0]} is a {type(state[odd[0]]).__name__}: a checkpoint holds tensors only.")
-    if experts := [key for key, value in state.items() if "experts" in key and value.ndim == 3]:
-        raise ExportError(f"{experts[0]}: this version does not store fused experts under the names that engines load.")
-    _check_tied(model, layers)
-    if lost := [name for name in layers if f"{name}.weight" not in state]:
-        raise ExportError(f"{lost[0]} has no {lost[0]}.weight in the state dict (pruned, or parametrized?).")
+    _check_tied(model)
+    if lost := [key for key in quantized_keys(model) if key not in state]:
+        raise ExportError(f"{lost[0]} is not in the state dict (pruned, or parametrized?).")
     for name, layer in layers.items():
         if problem := formats.find(by_layer[name]).problem(layer.out_features, layer.in_features, layer.scheme):
             raise ExportError(
                 f"{name} cannot be stored as {by_layer[name]}: {problem}. Name it in ignore, or choose a format."
             )
+    _check_experts(layers)
     _check_one_scheme(layers, by_layer)
     _check_fused(model, layers)
     kv_cache_scheme(model, by_layer)
     _warn_of_other_arithmetic(layers)
 
 
-def _warn_of_other_arithmetic(layers: Mapping[str, QATLinear]) -> None:
+def _warn_of_other_arithmetic(layers: Mapping[str, Layer]) -> None:
     for name, layer in layers.items():
         inputs = layer.scheme.activations
         if layer.scheme.weights.format == "int4" and inputs is not None and inputs.format == "int8":
@@ -61,20 +76,32 @@ def _warn_of_other_arithmetic(layers: Mapping[str, QATLinear]) -> None:
 
 
 def check_measured(model: nn.Module) -> None:
-    """Refuse ranges that are not measured, or are being measured; layers that engines run as one must share theirs."""
+    """Refuse ranges that are not measured, or are being measured; layers that engines run as one must share theirs.
+
+    Of a sharded model with learned scales all ranks must call it.
+    """
+    model = unwrapped(model)
+    with without_wrappers(model):
+        _check_measured(model)
+
+
+def _check_measured(model: nn.Module) -> None:
     layers = quantized_layers(model)
     scales: dict[str, Tensor | None] = {}
     for name, layer in layers.items():
-        learnt = layer._parameters.get(learned.KEY)
-        if learnt is not None and not learnt.is_meta and not ((learnt >= 0) & learnt.isfinite()).all():
-            raise ExportError(
-                f"{name}.{learned.KEY} holds scales that are negative or not finite: their learning rate was too high, "
-                "see lockstep.qat.learned."
-            )
+        learnt = layer.learned_scale
+        if learnt is not None and not learnt.is_meta:
+            learnt = whole(learnt)
+            if not ((learnt >= 0) & learnt.isfinite()).all():
+                raise ExportError(
+                    f"{name}.{learned.KEY} holds scales that are negative or not finite: their learning rate was too "
+                    "high, see lockstep.qat.learned."
+                )
         if layer.observer is not None:
             raise ExportError(f"{name} is being calibrated: freeze its range before the export.")
         try:
-            scales[name] = None if layer.weight.is_meta else layer.stored_scale()
+            scale = layer.stored_scale()
+            scales[name] = None if scale is None or scale.is_meta else scale
         except ValueError:
             raise ExportError(f"{name}: the range of its inputs is not measured: run `lockstep calibrate`.") from None
     for first, *others in run_as_one(layers):
@@ -95,7 +122,7 @@ def check_measured(model: nn.Module) -> None:
             raise ExportError(f"{name}: the range of its keys and values is not measured: run `lockstep calibrate`.")
 
 
-def _check_one_scheme(layers: Mapping[str, QATLinear], by_layer: Mapping[str, str]) -> None:
+def _check_one_scheme(layers: Mapping[str, Layer], by_layer: Mapping[str, str]) -> None:
     """Refuse several schemes where an engine or the format takes but one."""
     first, *others = layers
     for name in others:
@@ -112,8 +139,8 @@ def _check_one_scheme(layers: Mapping[str, QATLinear], by_layer: Mapping[str, st
             )
 
 
-def _check_fused(model: nn.Module, layers: dict[str, QATLinear]) -> None:
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _check_fused(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    linear = [layer_name(model, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for siblings in run_as_one(linear):
         plain = [name for name in siblings if name not in layers]
         together = f"engines run {', '.join(siblings)} as one layer"
@@ -129,13 +156,40 @@ def _check_fused(model: nn.Module, layers: dict[str, QATLinear]) -> None:
                     f"{together}: give them one scheme."
                 )
         if layers[first].scheme.weights.strategy == "block":
-            _check_blocks(siblings, layers)
+            order = {leaf: place for parts in FUSED for place, leaf in enumerate(parts)}
+            _check_blocks(sorted(siblings, key=lambda name: order[name.rpartition(".")[2]]), layers)
+    for name, layer in layers.items():
+        if isinstance(layer, Expert) and layer.part == "gate_proj" and layer.scheme.weights.strategy == "block":
+            _check_blocks([name, name.replace("gate_proj", "up_proj")], layers)
 
 
-def _check_blocks(siblings: list[str], layers: dict[str, QATLinear]) -> None:
+def _check_experts(layers: Mapping[str, Layer]) -> None:
+    """Refuse experts that no engine serves as they train, and warn of those that some do not."""
+    for name, layer in layers.items():
+        if not isinstance(layer, Expert):
+            continue
+        weights, module = layer.scheme.weights, layer.module
+        if getattr(module, "down_proj_bias", None) is not None or module.layout.interleaved:
+            raise ExportError(
+                f"{name} is an expert of {module.plain_class.__name__}, with a bias or interleaved rows, which engines "
+                f"serve in bf16 or in gpt-oss's own MXFP4 alone. Name {module.qualified_name} in ignore."
+            )
+        if weights.strategy == "tensor":
+            raise ExportError(
+                f"{name}: engines have no kernel for experts of {layer.scheme}: choose FP8_DYNAMIC, by channel."
+            )
+        if layer.part == "down_proj" and weights.group_size == layer.in_features:
+            warnings.warn(
+                f"{name} has {layer.in_features} inputs, one group: vLLM 0.32 then orders the scales of the layer's "
+                "first projections for one group too, whatever they have. Choose a smaller group_size.",
+                stacklevel=4,
+            )
+            return
+
+
+def _check_blocks(siblings: list[str], layers: Mapping[str, Layer]) -> None:
     """Below one another, only the last of several layers may end within a block."""
-    order = {leaf: place for parts in FUSED for place, leaf in enumerate(parts)}
-    for name in sorted(siblings, key=lambda name: order[name.rpartition(".")[2]])[:-1]:
+    for name in siblings[:-1]:
         if (n := layers[name].out_features) % BLOCK:
             raise ExportError(
                 f"{name} has {n} outputs, but engines put {', '.join(siblings)} below one another, where each but the "
@@ -143,12 +197,13 @@ def _check_blocks(siblings: list[str], layers: dict[str, QATLinear]) -> None:
             )
 
 
-def _check_tied(model: nn.Module, layers: dict[str, QATLinear]) -> None:
-    weights = {id(layer.weight): name for name, layer in layers.items()}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owner = key.rpartition(".")[0]
-        if owner not in layers and (name := weights.get(id(parameter))):
+def _check_tied(model: nn.Module) -> None:
+    quantized, parameters = quantized_keys(model), dict(model.named_parameters(remove_duplicate=False))
+    owners = {id(parameters[key]): key for key in quantized if key in parameters}
+    for key, parameter in parameters.items():
+        if key not in quantized and (owner := owners.get(id(parameter))):
+            name, other = owner.rpartition(".")[0], key.rpartition(".")[0]
             raise ExportError(
-                f"{name} trains quantized but shares its weight with {owner}, which does not: an engine would tie the "
+                f"{name} trains quantized but shares its weight with {other}, which does not: an engine would tie the "
                 f"two and serve one of them otherwise than it trained. Name {name} in ignore, or untie them."
             )

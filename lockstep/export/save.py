@@ -9,27 +9,42 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lockstep import grid, kernels
-from lockstep.export import formats
+from lockstep.export import formats, hub
 from lockstep.export.checkpoint import bitwise_equal, same_bits
 from lockstep.export.directory import ExportError, replacing
+from lockstep.export.gather import fsdp_units, gathered, ranks_of, together, without_wrappers
 from lockstep.export.groups import Group
 from lockstep.export.legality import check_exportable, check_measured
-from lockstep.export.served import kv_cache_scheme, quantized_layers, served_state, served_tensor, stored_as
+from lockstep.export.served import (
+    Layer,
+    kv_cache_scheme,
+    quantized_keys,
+    quantized_layers,
+    served_state,
+    served_tensor,
+    stored_as,
+    unquantized_layers,
+)
 from lockstep.grid import Quantized
 from lockstep.kernels import Quantizer
-from lockstep.qat import learned
-from lockstep.qat.linear import QATLinear
+from lockstep.qat.experts import Expert, QATExperts
 from lockstep.qat.prepare import unwrapped
 from lockstep.scheme import Scheme, dtype_name
 
@@ -39,10 +54,11 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
 
     Quantized layers come in the tensors of their format (see `formats.FORMATS`) with their measured input scale,
     everything else in the served dtype under the model's own keys. Tensors are on the model's device; plain ones may
-    share its memory.
+    share its memory. Of a sharded model (`lockstep.export.gather`) all ranks must iterate to the end; each gets every
+    tensor whole, under the same names in the same order, and never holds more than one module beside its shards.
 
     Args:
-        model: a prepared model.
+        model: a prepared model, or its wrapper (DDP, FSDP1, DeepSpeed's engine, ``torch.compile``).
         format: a name in `formats.FORMATS`, or None or ``"auto"``: each layer in the format of its own scheme.
 
     Raises:
@@ -50,28 +66,10 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
             NaN or infinite, or a layer's words do not give back the weight that it trained with.
         ValueError: an unknown format.
     """
-    model = unwrapped(model)
-    check_exportable(model, format)
-    check_measured(model)
-    layers = quantized_layers(model)
-    by_layer = stored_as(layers, format)
-    scheme = next(iter(layers.values())).scheme
-    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    for key, tensor in served_state(model).items():
-        if tensor.is_meta:
-            raise ExportError(f"{key} is on the meta device: load weights into the model first.")
-        if isinstance(tensor, DTensor) or (key in parameters and not tensor.numel()):
-            raise ExportError(f"{key} is sharded over ranks: this version exports whole models only.")
-        owner, _, leaf = key.rpartition(".")
-        if leaf == "weight" and owner in layers:
-            _check_finite(key, tensor)
-            for suffix, stored in _stored(owner, layers[owner], by_layer[owner]).items():
-                yield f"{owner}.{suffix}", stored
-        else:
-            served = served_tensor(model, key, tensor, scheme)
-            if key in parameters:  # buffers may hold an infinity on purpose, as masks do
-                _check_finite(key, served)
-            yield key, served
+    for whole, tensors in _entries(model, format):
+        with whole():
+            found = dict(tensors())
+        yield from found.items()
 
 
 def save_pretrained(
@@ -85,11 +83,14 @@ def save_pretrained(
 ) -> Path:
     """Save a prepared `model` as a folder for vLLM, SGLang or transformers: weights, configs and tokenizer.
 
-    The folder appears whole or not at all. The model is left as it was.
+    The folder appears whole or not at all. The model is left as it was. Of a sharded model all ranks must call this:
+    layers are gathered one at a time and written by the ranks in turn, each into files of its own, if it sees the
+    directory; rank zero adds the rest. An error or a kill on one rank is an error on all, and no folder.
 
     Args:
-        model: a prepared model. Of a transformers model, ``config.json`` and ``generation_config.json`` are written
-            too; of any other module, a ``config.json`` with the dtype and the quantization.
+        model: a prepared model, or its wrapper. Of a transformers model, ``config.json`` and
+            ``generation_config.json`` are written too; of any other module, a ``config.json`` with the dtype and the
+            quantization.
         directory: where to write.
         format: a name in `formats.FORMATS`, or None or ``"auto"``: each layer in the format of its own scheme, which
             is one of compressed-tensors'. Several schemes in one model are stored so alone.
@@ -104,27 +105,32 @@ def save_pretrained(
         ExportError: see `stream` and `directory.replacing`.
         ValueError: an unknown format or size.
     """
-    model = unwrapped(model)
+    limit = parse_bytes(max_shard_size, "max_shard_size")
+    if format == "marlin" and any(isinstance(module, QATExperts) for module in model.modules()):
+        raise ExportError(
+            'marlin stacks the experts for live updates: use stream(model, "marlin"), no folder holds it.'
+        )
+    ranks = ranks_of(model)
+    if ranks is not None:
+        _save_sharded(model, directory, format, tokenizer, limit, overwrite, ranks)
+        return Path(directory).absolute()
     check_exportable(model, format)
     check_measured(model)
-    limit = parse_bytes(max_shard_size, "max_shard_size")
     with replacing(directory, overwrite) as incomplete:
-        try:
-            _write_shards(stream(model, format), incomplete, limit)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        _write_config(model, incomplete, format)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(incomplete)
+        shards = _Shards(incomplete, limit, "shard")
+        for name, tensor in stream(model, format):
+            shards.add(name, tensor)
+        _finish(model, incomplete, shards.written(), format, tokenizer)
     return Path(directory).absolute()
 
 
 def quantization_config(model: nn.Module, format: str | None = None) -> dict[str, Any]:
     """What ``config.json`` says of the quantization of a prepared `model`, in the words of `format`."""
-    layers = quantized_layers(model)
-    by_layer = stored_as(layers, format)
-    modules = model.named_modules(remove_duplicate=False)
-    ignored = [name for name, module in modules if isinstance(module, nn.Linear) and name not in layers]
+    model = unwrapped(model)
+    with without_wrappers(model):
+        layers = quantized_layers(model)
+        by_layer = stored_as(layers, format)
+        ignored = unquantized_layers(model)
     groups: dict[tuple[str, Scheme], list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault((by_layer[name], layer.scheme), []).append(name)
@@ -133,12 +139,130 @@ def quantization_config(model: nn.Module, format: str | None = None) -> dict[str
     return writer.config(alike, ignored, kv_cache_scheme(model, by_layer))
 
 
-def _stored(name: str, layer: QATLinear, format: str) -> dict[str, Tensor]:
-    """The tensors of one layer, of which its weight was read back."""
+# What makes a module's tensors, and the block in which its parameters are whole for that.
+Entry = tuple[Callable[[], AbstractContextManager[None]], Callable[[], Iterable[tuple[str, Tensor]]]]
+
+
+def _entries(model: nn.Module, format: str | None) -> list[Entry]:
+    """For each module that has something to store, in the order of the state dict."""
+    units, model = fsdp_units(model), unwrapped(model)
+    check_exportable(model, format)
+    check_measured(model)
+    with without_wrappers(model):
+        keys, layers = quantized_keys(model), quantized_layers(model)
+        by_layer = stored_as(layers, format)
+        scheme = next(iter(layers.values())).scheme
+        state = served_state(model)
+        owners = {name: model.get_submodule(name) for name in dict.fromkeys(map(_owner, state))}
+
+    def entry(name: str, own: list[str]) -> Entry:
+        module = owners[name]
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for key in own:
+                parameter = module._parameters.get(key.rpartition(".")[2])
+                tensor = state[key] if parameter is None else parameter.detach()
+                quantized = keys.get(key, {})
+                _check_whole(key, tensor, quantized, parameter is not None)
+                if quantized:
+                    _check_finite(key, tensor)
+                    yield from _stored(key, quantized, by_layer)
+                    continue
+                served = served_tensor(model, key, tensor, scheme)
+                if parameter is not None:  # buffers may hold an infinity on purpose, as masks do
+                    _check_finite(key, served)
+                # FSDP1 takes the memory back.
+                yield from hub.stored_tensors(model, key, served.clone() if units else served).items()
+
+        return partial(gathered, getattr(module, "fused", ()) or (module,), units), tensors
+
+    return [entry(name, list(own)) for name, own in groupby(state, _owner)]
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _check_whole(key: str, tensor: Tensor, quantized: Mapping[str, Layer], is_parameter: bool) -> None:
+    if tensor.is_meta:
+        raise ExportError(f"{key} is on the meta device: load weights into the model first.")
+    lost = not tensor.numel()
+    for layer in quantized.values():
+        lost |= layer.weight.shape != (layer.out_features, layer.in_features)
+    if isinstance(tensor, DTensor) or (is_parameter and lost):
+        raise ExportError(
+            f"{key} is sharded over ranks in a way that is not known here ({type(tensor).__name__} of shape "
+            f"{list(tensor.shape)}): export FSDP1's outermost wrapper, or shard by FSDP2, ZeRO-3 or DTensor."
+        )
+
+
+def _save_sharded(
+    model: nn.Module,
+    directory: str | Path,
+    format: str | None,
+    tokenizer: Any,
+    limit: int,
+    overwrite: bool,
+    ranks: dist.ProcessGroup,
+) -> None:
+    """`save_pretrained` of a model that is sharded over `ranks`, all of which call this."""
+    rank, entries = dist.get_rank(ranks), list[Entry]()
+    with ExitStack() as stack:
+
+        def begin() -> Path | None:
+            entries.extend(_entries(model, format))
+            if rank != 0:
+                return None
+            token = stack.enter_context(replacing(directory, overwrite)) / uuid.uuid4().hex
+            token.touch()
+            return token
+
+        token = together(begin, ranks)[0]
+        assert token is not None
+        # Ranks on another machine need not see the directory: those that do write.
+        writers = [one for one, sees in enumerate(together(token.exists, ranks)) if sees]
+        shards, problem = _Shards(token.parent, limit, f"shard-{rank}"), None
+        for number, (whole, tensors) in enumerate(entries):
+            with whole():
+                if problem is None and writers[number % len(writers)] == rank:
+                    try:
+                        for name, tensor in tensors():
+                            shards.add(name, tensor)
+                    except Exception as error:  # the others wait for this rank where the next module is gathered
+                        problem = error
+
+        def written() -> list[Shard]:
+            if problem is not None:
+                raise problem
+            return shards.written()
+
+        def finish() -> None:
+            if rank == 0:
+                token.unlink()
+                _finish(model, token.parent, everything, format, tokenizer)
+                stack.close()
+
+        everything = [shard for one in together(written, ranks) for shard in one]
+        together(finish, ranks)
+
+
+def _stored(key: str, layers: Mapping[str, Layer], by_layer: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of the master `key`, with their names: of each layer of it, or of its experts as one."""
+    first = next(iter(layers))
+    if by_layer[first] == "marlin" and isinstance(layers[first], Expert):
+        yield from _stacked(first, cast("list[Expert]", list(layers.values()))).items()
+        return
+    for name, layer in layers.items():
+        for suffix, stored in checked(name, layer, by_layer[name]).items():
+            yield f"{name}.{suffix}", stored
+
+
+def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
+    """The tensors of one layer, of which its weight was read back and found to be the one that it trained with."""
     layout, scheme, spec = formats.find(format), layer.scheme, layer.scheme.weights
     weight = layer.weight.detach()
     kernel = kernels.training(scheme, weight.device)
-    in_one_pass = spec.format == "int4" and spec.symmetric and learned.KEY not in layer._parameters
+    in_one_pass = spec.format == "int4" and spec.symmetric and layer.learned_scale is None
     quantized = None if in_one_pass else layer.quantize()
     try:
         if quantized is None:
@@ -159,10 +283,29 @@ def _stored(name: str, layer: QATLinear, format: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _is_trained(read: Quantized, layer: QATLinear, kernel: Quantizer) -> bool:
+def _stacked(name: str, experts: Sequence[Expert]) -> dict[str, Tensor]:
+    """All experts of one parameter as the fused kernel has them, read back: gate rows above up rows.
+
+    `name` is one of theirs.
+    """
+    scheme, order = experts[0].scheme, ("gate_proj", "up_proj", "down_proj")
+    numbers = range(1 + max(expert.number for expert in experts))
+    of = {(expert.number, expert.part): expert.weight.detach() for expert in experts}
+    parts = [part for part in order if (0, part) in of]
+    weight = torch.stack([torch.cat([of[number, part] for part in parts]) for number in numbers])
+    kernel, module, format = kernels.training(scheme, weight.device), name.rsplit(".", 2)[0], formats.find("marlin")
+    words, scales = kernel.pack_marlin(weight, scheme.weights)
+    read = format.read({"B": words, "s": scales}, scheme.weights)
+    if not bitwise_equal(grid.dequantize(read, scheme.weights), kernel.fake_quantize(weight, scheme.weights)):
+        raise ExportError(f"{module}: the packed words do not give back the weights that it trained with.")
+    which = "w2" if parts == ["down_proj"] else "w13"
+    return {f"{module}.{which}_weight_packed": words, f"{module}.{which}_weight_scale": scales}
+
+
+def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
     """Whether `read` is bit for bit what the layer's forward multiplies with."""
     spec, weight, amax = layer.scheme.weights, layer.weight.detach(), layer.amax()
-    if learned.KEY in layer._parameters:
+    if layer.learned_scale is not None:
         return same_bits(read, layer.quantize())
     if layer.scheme.activations is None:
         return bitwise_equal(grid.dequantize(read, spec), kernel.fake_quantize(weight, spec, amax))
@@ -178,49 +321,75 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, limit: int) -> None:
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = 0
+Shard = tuple[str, list[str], int]  # the file, the tensors in it, their bytes
 
-    def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
 
-    filled = 0
-    for name, tensor in tensors:
+class _Shards:
+    """Tensors on their way into files of at most `limit` bytes, which are called ``LABEL-0`` and so on."""
+
+    def __init__(self, directory: Path, limit: int, label: str) -> None:
+        self._directory, self._limit, self._label = directory, limit, label
+        self._files: list[Shard] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.cpu()
         size = tensor.numel() * tensor.element_size()
-        if shard and filled + size > limit:
-            flush()
-            filled = 0
+        if self._tensors and self._bytes + size > self._limit:
+            self._flush()
         # A copy of its own where two names share memory, which safetensors does not store.
         memory = tensor.untyped_storage().data_ptr()
-        shared = any(memory == other.untyped_storage().data_ptr() for other in shard.values())
-        shard[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        filled += size
-        total += size
-    flush()
+        shared = any(memory == other.untyped_storage().data_ptr() for other in self._tensors.values())
+        self._tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        self._bytes += size
 
+    def written(self) -> list[Shard]:
+        """All files, when all tensors are added. OSError if one could not be written."""
+        if self._tensors:
+            self._flush()
+        return self._files
+
+    def _flush(self) -> None:
+        file = f"{self._label}-{len(self._files)}"
+        try:
+            save_file(self._tensors, self._directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        self._files.append((file, list(self._tensors), self._bytes))
+        self._tensors, self._bytes = {}, 0
+
+
+def _finish(model: nn.Module, directory: Path, shards: list[Shard], format: str | None, tokenizer: Any) -> None:
+    """Give the files their names, and write what else belongs in the folder."""
+    _write_index(directory, shards)
+    _write_config(unwrapped(model), directory, format)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _write_index(directory: Path, shards: list[Shard]) -> None:
     if len(shards) == 1:
-        (directory / "shard-0").rename(directory / "model.safetensors")
+        (directory / shards[0][0]).rename(directory / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
+    for number, (written, names, _) in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").rename(directory / file_name)
+        (directory / written).rename(directory / file_name)
         weight_map.update(dict.fromkeys(names, file_name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(size for *_, size in shards)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _write_config(model: Any, directory: Path, format: str | None) -> None:
-    served = dtype_name(next(iter(quantized_layers(model).values())).scheme.weights.served_dtype)
+    with without_wrappers(model):
+        served = dtype_name(next(iter(quantized_layers(model).values())).scheme.weights.served_dtype)
     quantization = quantization_config(model, format)
     if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
         config: Any = copy.deepcopy(model.config)
         config.dtype = served
-        config.architectures = [type(model).__name__]
+        # fully_shard has put a class of its own before the model's.
+        config.architectures = [next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))]
         config.quantization_config = quantization
         config.save_pretrained(directory)
         if getattr(model, "generation_config", None) is not None:

@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from lockstep.export import compressed_tensors, formats
+from lockstep.export import compressed_tensors, formats, hub
 from lockstep.export.directory import ExportError
 from lockstep.qat import learned
+from lockstep.qat.experts import Expert, QATExperts, layout_of
 from lockstep.qat.linear import QATLinear
 from lockstep.scheme import Scheme
 
+Layer = QATLinear | Expert
 
-def quantized_layers(model: nn.Module) -> dict[str, QATLinear]:
-    """The prepared layers of `model` under all of their names. ExportError if there is none."""
-    named = model.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in named if isinstance(module, QATLinear)}
+
+def quantized_layers(model: nn.Module) -> dict[str, Layer]:
+    """What of `model` is prepared, by the names that engines know: linear layers under all of theirs, and each
+    projection of each expert. ExportError if there is nothing."""
+    layers = {name: layer for stored in quantized_keys(model).values() for name, layer in stored.items()}
     if not layers:
         raise ExportError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
     return layers
 
 
-def stored_as(layers: Mapping[str, QATLinear], format: str | None) -> dict[str, str]:
+def quantized_keys(model: nn.Module) -> dict[str, dict[str, Layer]]:
+    """For the state-dict key of each quantized master the layers that are stored of it, by the names engines know."""
+    keys: dict[str, dict[str, Layer]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QATLinear):
+            keys[f"{name}.weight"] = {hub.layer_name(model, name): module}
+        elif isinstance(module, QATExperts):
+            for stored, place in hub.expert_names(model, name, module, module.layout).items():
+                expert = Expert(module, *place)
+                keys.setdefault(f"{name}.{expert.parameter}", {})[stored] = expert
+    return keys
+
+
+def unquantized_layers(model: nn.Module) -> list[str]:
+    """What engines take for a linear layer and `model` leaves as it is, by the names that engines know.
+
+    Linear layers, routers that are modules of their own, and experts.
+    """
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QATLinear | QATExperts):
+            continue
+        weight = module._parameters.get("weight")
+        router = weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Linear) or router:
+            found.append(hub.layer_name(model, name))
+        elif layout := layout_of(module):  # engines look for the projections of the first
+            found += hub.expert_names(model, name, module, layout)
+    return found
+
+
+def stored_as(layers: Mapping[str, Layer], format: str | None) -> dict[str, str]:
     """The format of each layer: `format`, or its scheme's own.
 
     Raises:
@@ -53,6 +87,14 @@ def served_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, QATLinear):
             left_out |= {f"{name}.{scale}" for scale in (learned.KEY, "input_scale", "input_global_scale")}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in left_out}
+
+
+def served_plain(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
+    """What is served unquantized, by the names that engines know."""
+    quantized = quantized_keys(model)
+    for key, tensor in served_state(model).items():
+        if key not in quantized:
+            yield from hub.stored_tensors(model, key, served_tensor(model, key, tensor, scheme)).items()
 
 
 def served_tensor(model: nn.Module, key: str, tensor: Tensor, scheme: Scheme) -> Tensor:

@@ -50,14 +50,26 @@ class Layout(NamedTuple):
         """A view of a parameter ``[..., N, K]`` or ``[..., K, N]`` as ``[..., N, K]``."""
         return weight.mT if self.transposed else weight
 
-    def parts(self, n: int) -> dict[str, tuple[str, slice]]:
-        """The projections by the names that engines know: their parameter and their rows, of `n` in `first`."""
-        down = {DOWN: (DOWN, slice(None))}
+    def parts(self, n: int) -> dict[str, slice]:
+        """The projections by the names that engines know, and the rows of each in its parameter: of `n` in `first`."""
         if self.first == PLAIN:
-            return {PLAIN: (PLAIN, slice(None))} | down
+            return {PLAIN: slice(None), DOWN: slice(None)}
         if self.interleaved:
-            return {"gate_proj": (GATED, slice(0, n, 2)), PLAIN: (GATED, slice(1, n, 2))} | down
-        return {"gate_proj": (GATED, slice(0, n // 2)), PLAIN: (GATED, slice(n // 2, n))} | down
+            return {"gate_proj": slice(0, n, 2), PLAIN: slice(1, n, 2), DOWN: slice(None)}
+        return {"gate_proj": slice(0, n // 2), PLAIN: slice(n // 2, n), DOWN: slice(None)}
+
+    def shape(self, module: nn.Module, parameter: str) -> tuple[int, int]:
+        """N and K of a parameter of `module`, sharded or not."""
+        stacked = module._parameters[parameter]
+        _, *last = getattr(stacked, "ds_shape", stacked.shape)  # type: ignore[union-attr]  # ZeRO-3's have no shape
+        n, k = reversed(last) if self.transposed else last
+        return n, k
+
+    def count(self, module: nn.Module) -> int:
+        """E, the number of experts of `module`, sharded or not."""
+        stacked = module._parameters[DOWN]
+        count, *_ = getattr(stacked, "ds_shape", stacked.shape)  # type: ignore[union-attr]
+        return count
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -84,40 +96,79 @@ class Expert:
     """One projection of one expert: what engines name, store and run as a linear layer. It has what `QATLinear` has.
 
     Called with inputs ``[M, in_features]`` it computes what the serving kernel does, ``[M, out_features]``.
+
+    `module` holds it, `number` is the expert, `part` ``"gate_proj"``, ``"up_proj"`` or ``"down_proj"``.
     """
 
-    qualified_name: str
-    scheme: Scheme
-    weight: Tensor
-    bias: Tensor | None
-    sharing: tuple[Tensor, ...]
+    module: QATExperts
+    number: int
+    part: str
 
     observer: ClassVar[None] = None
     learned_scale: ClassVar[None] = None
 
     @property
+    def leaf(self) -> str:
+        """Its name below the module's."""
+        return f"{self.number}.{self.part}"
+
+    @property
+    def qualified_name(self) -> str:
+        """Its name, for error messages."""
+        return f"{self.module.qualified_name}.{self.leaf}"
+
+    @property
+    def scheme(self) -> Scheme:
+        """What it trains as: all experts of a module alike."""
+        return self.module.scheme
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that it is a part of."""
+        return self.module.layout.first if self.part != DOWN else DOWN
+
+    @property
     def out_features(self) -> int:
         """N."""
-        return self.weight.shape[0]
+        n, _ = self.module.layout.shape(self.module, self.parameter)
+        return len(range(*self.module.layout.parts(n)[self.part].indices(n)))
 
     @property
     def in_features(self) -> int:
         """K."""
-        return self.weight.shape[1]
+        return self.module.layout.shape(self.module, self.parameter)[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The master ``[N, K]``, a view of the stacked one."""
+        rows = self.module.layout.rows(getattr(self.module, self.parameter))
+        return rows[self.number, self.module.layout.parts(rows.shape[1])[self.part]]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[N]``, a view of the stacked one."""
+        stacked = getattr(self.module, f"{self.parameter}_bias", None)
+        return None if stacked is None else stacked[self.number, self.module.layout.parts(stacked.shape[1])[self.part]]
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight, bias, self.scheme, self.amax())
+        return self.run(x, self.weight, self.bias)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with `weight` and `bias` as the caller has got them: cut all at once they have a cheap backward."""
+        return linear(x, weight, None if bias is None else bias.to(x.dtype), self.scheme, self.amax())
 
     def quantize(self) -> Quantized:
         """The weight as it is served."""
         return grid.quantize(self.weight.detach(), self.scheme.weights, self.amax())
 
     def amax(self) -> Tensor | None:
-        """The largest magnitude of the weights that share a scale with this one's, if the scheme has such a one."""
+        """The largest magnitude of the weights that share a scale with this one's, if the scheme has such a one.
+
+        Engines run gate and up of an expert as one layer.
+        """
         if not self.scheme.weights.per_tensor:
             return None
-        return torch.stack([grid.largest(weight) for weight in self.sharing]).amax(0)
+        return grid.largest(self.module.layout.rows(getattr(self.module, self.parameter))[self.number])
 
     def stored_scale(self) -> None:
         """None: schemes with measured input ranges are refused for experts."""
@@ -151,11 +202,15 @@ class QATExperts(nn.Module):
             tuple([_rounded(one, served) for one in args]),
             {k: _rounded(v, served) for k, v in kwargs.items()},
         )
-        if in_kernels_order(self):
-            run = dict(experts(self))
-            routing = (*args, *kwargs.values())
-            return by_expert(self, hidden_states, *routing, linear=lambda name, x: run[name](x))
         masters = {name: _whole(self, name) for name in (self.layout.first, DOWN)}
+        if in_kernels_order(self):
+            weights, biases = _cut(self), _cut(self, "_bias")
+
+            def run(expert: Expert, x: Tensor) -> Tensor:
+                bias = biases[expert.part][expert.number] if biases else None
+                return expert.run(x, weights[expert.part][expert.number], bias)
+
+            return by_expert(self, hidden_states, *args, *kwargs.values(), linear=run)
         quantized = {name: _quantized(master, self.layout, self.scheme, dtype) for name, master in masters.items()}
         with _computed_again(masters, quantized, self.layout, self.scheme):
             return self.plain_class.forward(_standing_in(self, quantized), hidden_states, *args, **kwargs)
@@ -174,34 +229,28 @@ def qat_class(plain: Any) -> type[QATExperts]:
     return type(f"QAT{plain.__name__}", (QATExperts, plain), {"plain_class": plain})
 
 
-def experts(module: QATExperts) -> Iterator[tuple[str, Expert]]:
-    """The projections of each expert: ``"3.gate_proj"``, ``"3.up_proj"``, ``"3.down_proj"`` and what they are.
+def experts(module: QATExperts) -> Iterator[Expert]:
+    """The projections of each expert of `module`, expert by expert."""
+    for number in range(module.layout.count(module)):
+        for part in module.layout.parts(0):
+            yield Expert(module, number, part)
 
-    Their weights are views of the masters, through which gradients flow.
-    """
+
+def _cut(module: QATExperts, suffix: str = "") -> dict[str, tuple[Tensor, ...]]:
+    """The weights of each projection by expert, or with the suffix ``"_bias"`` the biases, if there are any."""
     layout = module.layout
-    weights = {name: layout.rows(_whole(module, name)) for name in (layout.first, DOWN)}
-    biases = {name: getattr(module, f"{name}_bias", None) for name in weights}
-    parts = layout.parts(weights[layout.first].shape[1])
-    split = {part: weights[name][:, rows].unbind(0) for part, (name, rows) in parts.items()}
-    none = (None,) * len(split[DOWN])
-    split_biases = {
-        part: none if (bias := biases[name]) is None else bias[:, rows].unbind(0)
-        for part, (name, rows) in parts.items()
-    }
-    for expert in range(len(split[DOWN])):
-        for part in parts:
-            # Engines run gate and up as one layer, with one scale where a scale is the tensor's.
-            sharing = tuple(split[one][expert] for one in parts if (one == DOWN) == (part == DOWN))
-            name = f"{module.qualified_name}.{expert}.{part}"
-            yield (
-                f"{expert}.{part}",
-                Expert(name, module.scheme, split[part][expert], split_biases[part][expert], sharing),
-            )
+    stacked: dict[str, Any] = {name: getattr(module, name + suffix, None) for name in (layout.first, DOWN)}
+    if any(one is None for one in stacked.values()):
+        return {}
+    rows = stacked if suffix else {name: layout.rows(one) for name, one in stacked.items()}
+    parts = layout.parts(rows[layout.first].shape[1])
+    return {part: rows[DOWN if part == DOWN else layout.first][:, cut].unbind(0) for part, cut in parts.items()}
 
 
-def by_expert(module: Any, hidden_states: Tensor, *routing: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """The experts one after another, each projection by ``linear("3.gate_proj", x)``, in the order of the engines.
+def by_expert(
+    module: Any, hidden_states: Tensor, *routing: Tensor, linear: Callable[[Expert, Tensor], Tensor]
+) -> Tensor:
+    """The experts one after another, each projection by ``linear(expert, x)``, in the order of the engines.
 
     `hidden_states` is ``[..., H]``; `routing`, in any order, the experts of each token, integers ``[T, k]``, and their
     weights, ``[T, k]``: an expert's output, in the dtype computed in, times its weight, is rounded, and the sum over k
@@ -218,20 +267,21 @@ def by_expert(module: Any, hidden_states: Tensor, *routing: Tensor, linear: Call
         )
     weights, index = sorted(routing, key=lambda one: not one.is_floating_point())
     rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(hidden_states))
-    count = _whole(module, DOWN).shape[0]
     outputs, places = [], []
-    for expert in range(count):
-        token, rank = torch.where(index == expert)
-        if not len(token):
+    parts: dict[str, Expert] = {}
+    for expert in experts(module):
+        parts[expert.part] = expert
+        token, rank = torch.where(index == expert.number)
+        if expert.part != DOWN or not len(token):
             continue
         x = rows[token]
         if module.layout.first == GATED:
-            gate, up = linear(f"{expert}.gate_proj", x), linear(f"{expert}.up_proj", x)
+            gate, up = linear(parts["gate_proj"], x), linear(parts[PLAIN], x)
             joined = torch.stack((gate, up), -1).flatten(-2) if module.layout.interleaved else torch.cat((gate, up), -1)
             x = _apply_gate(module, joined)
         else:
-            x = module.act_fn(linear(f"{expert}.up_proj", x))
-        y = linear(f"{expert}.{DOWN}", x.to(rows.dtype))
+            x = module.act_fn(linear(parts[PLAIN], x))
+        y = linear(expert, x.to(rows.dtype))
         outputs.append(y * weights[token, rank].to(y.dtype).unsqueeze(-1))
         places.append(token * index.shape[1] + rank)
     if not outputs:
@@ -243,12 +293,11 @@ def by_expert(module: Any, hidden_states: Tensor, *routing: Tensor, linear: Call
 
 def in_kernels_order(module: QATExperts) -> bool:
     """Whether multiplying with dequantized weights is not what the serving kernel does: see `by_expert`."""
-    layout, scheme = module.layout, module.scheme
-    widths = [layout.rows(_whole(module, name)).shape[-1] for name in (layout.first, DOWN)]
-    return scheme.activations is not None or any(scheme.weights.scale_follows_gemm(k) for k in widths)
+    widths = [module.layout.shape(module, name)[1] for name in (module.layout.first, DOWN)]
+    return module.scheme.activations is not None or any(map(module.scheme.weights.scale_follows_gemm, widths))
 
 
-def _new(plain: type[nn.Module]) -> nn.Module:
+def _new(plain: Any) -> nn.Module:
     return object.__new__(qat_class(plain))
 
 

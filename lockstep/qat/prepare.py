@@ -298,6 +298,10 @@ def _choose(
             warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=3)
 
     reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
+    routers = _routers(model)
+    for target, name in ((target, name) for found in matched for target, names in found.items() for name in names):
+        if name in routers and target != name and not target.startswith("re:"):
+            reasons.setdefault(name, "a router, which engines keep as it is: quantized only by its own name or a regex")
     chosen: dict[str, Scheme] = {}
     for rule, found in zip(rules, matched, strict=True):
         for name in (name for names in found.values() for name in names if name not in reasons | chosen):
@@ -315,6 +319,17 @@ def _choose(
             "the language model itself, or name the head as 're:.*lm_head$'."
         )
     return chosen, reasons
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that stand beside a layer's experts: routers, and gates of shared experts."""
+    found = set()
+    for parent, module in model.named_modules():
+        children = dict(module.named_children())
+        if "experts" in children or any(layout_of(child) for child in children.values()):
+            linear = [name for name, child in children.items() if isinstance(child, nn.Linear)]
+            found |= {f"{parent}.{name}".lstrip(".") for name in linear}
+    return found
 
 
 def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> None:
