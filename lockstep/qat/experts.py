@@ -60,35 +60,32 @@ class Layout(NamedTuple):
 
     def shape(self, module: nn.Module, parameter: str) -> tuple[int, int]:
         """N and K of a parameter of `module`, sharded or not."""
-        stacked = module._parameters[parameter]
-        _, *last = getattr(stacked, "ds_shape", stacked.shape)  # type: ignore[union-attr]  # ZeRO-3's have no shape
+        _, *last = shape_of(module._parameters[parameter])
         n, k = reversed(last) if self.transposed else last
         return n, k
 
     def count(self, module: nn.Module) -> int:
         """E, the number of experts of `module`, sharded or not."""
-        stacked = module._parameters[DOWN]
-        count, *_ = getattr(stacked, "ds_shape", stacked.shape)  # type: ignore[union-attr]
-        return count
+        return shape_of(module._parameters[DOWN])[0]
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """How `module` keeps its experts, or None if it is no module of experts in transformers' pattern."""
-    own = module._parameters
-    first = next((name for name in (GATED, PLAIN) if own.get(name) is not None and own[name].ndim == 3), None)  # type: ignore[union-attr]
-    down = own.get(DOWN)
-    if first is None or down is None or down.ndim != 3:
+    shapes = {name: shape_of(module._parameters.get(name)) for name in (GATED, PLAIN, DOWN)}
+    first = next((name for name in (GATED, PLAIN) if len(shapes[name]) == 3), None)
+    if first is None or len(shapes[DOWN]) != 3:
         return None
-    (_, a, b), (_, c, d) = own[first].shape, down.shape  # type: ignore[union-attr]
+    (_, a, b), (_, c, d) = shapes[first], shapes[DOWN]
     width = 2 if first == GATED else 1
-    # Both hold for no shape, so that a wrong attribute cannot mislead.
-    if (a, b) == (width * d, c):
-        transposed = False
-    elif (b, a) == (width * c, d):
-        transposed = True
-    else:
+    transposed = (b, a) == (width * c, d)
+    if not transposed and (a, b) != (width * d, c):  # for no shape do both hold
         return None
     return Layout(first, transposed, not getattr(module, "is_concatenated", True))
+
+
+def shape_of(parameter: Tensor | None) -> tuple[int, ...]:
+    """The shape of a parameter when it is whole; ZeRO-3's are empty between their uses. Of None: no dimensions."""
+    return () if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @dataclass(frozen=True)
@@ -198,10 +195,8 @@ class QATExperts(nn.Module):
         dtype = compute_dtype(hidden_states)
         check_dtype(self.qualified_name, dtype, self.scheme)
         served = self.scheme.weights.served_dtype
-        args, kwargs = (
-            tuple([_rounded(one, served) for one in args]),
-            {k: _rounded(v, served) for k, v in kwargs.items()},
-        )
+        args = tuple([_rounded(value, served) for value in args])
+        kwargs = {name: _rounded(value, served) for name, value in kwargs.items()}
         masters = {name: _whole(self, name) for name in (self.layout.first, DOWN)}
         if in_kernels_order(self):
             weights, biases = _cut(self), _cut(self, "_bias")

@@ -6,9 +6,9 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -180,9 +180,9 @@ def prepare(
         if inputs is not None and inputs.stores_scale and inputs.scale_name not in module._buffers:
             module.register_buffer(inputs.scale_name, torch.full((1,), torch.nan, device=module.weight.device))
     for name, wanted in of_experts.items():
-        module = modules[name]
+        module, plain = modules[name], cast(Hashable, type(modules[name]))
         module.scheme, module.qualified_name, module.layout = wanted, name, layout_of(module)
-        module.__class__ = type(module) if isinstance(module, QATExperts) else qat_class(type(module))
+        module.__class__ = plain if isinstance(module, QATExperts) else qat_class(plain)
     every_target = tuple(dict.fromkeys(target for rule in rules for target in rule.targets))
     report = PrepareReport(tuple(_rows(modules, reasons, every_target)))
     _warn_of_overlooked(report)
@@ -267,7 +267,7 @@ def inner(module: nn.Module) -> nn.Module | None:
         if name in module._modules:
             return module._modules[name]
     deepspeed = sys.modules.get("deepspeed")
-    engines = (deepspeed.DeepSpeedEngine,) if hasattr(deepspeed, "DeepSpeedEngine") else ()
+    engines = (deepspeed.DeepSpeedEngine,) if deepspeed and hasattr(deepspeed, "DeepSpeedEngine") else ()
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, *engines)
     return module.module if isinstance(module, parallel) else None
 
@@ -276,12 +276,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules as ``model.named_modules()``, but without wrappers within the model and their part of names."""
     for name, module in model.named_modules():
         if inner(module) is None:
-            yield (
-                re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)", "", name).lstrip(
-                    "."
-                ),
-                module,
-            )
+            yield ".".join(part for part in name.split(".") if part not in WRAPPED), module
 
 
 def _choose(
