@@ -22,7 +22,7 @@ from lockstep.align.report import AlignmentReport, EndToEnd, LayerAlignment
 from lockstep.export import hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equal
 from lockstep.export.save import quantization_config
-from lockstep.export.served import Layer, quantized_keys, quantized_layers, served_plain, served_tensor
+from lockstep.export.served import Layer, prepared_cache, quantized_keys, quantized_layers, served_plain, served_tensor
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel, scaled_mm
 from lockstep.loading import as_served
@@ -336,6 +336,9 @@ def _usable_plain_tensors(
         for name, piece in pieces.items():
             tensor, place = stored.tensor(name).to(device), whole[piece.where] if piece.where else whole
             if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+                return None
+            scale = name.endswith(kv_cache.SCALES) and prepared_cache(model.get_submodule(key.rpartition(".")[0]))
+            if scale and not (tensor.isfinite() & (tensor > 0)).all():  # which attention refuses
                 return None
             place.copy_(tensor)
         plain[key] = whole
