@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import lightning
 import pytest
 import torch
@@ -21,8 +22,10 @@ import yaml
 from jsonargparse import ArgumentParser, auto_parser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from models import prepared, tiny_llama, token_ids
+from test_trainer_callback import tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 import lockstep
 from lockstep import KVCacheSpec, Rule, Scheme, cli
@@ -119,7 +122,9 @@ def given(source: str) -> dict[str, Any]:
         "batch": {"input_ids": ids},
         "batches": [{"input_ids": ids, "labels": ids}],
         "token_ids": ids,
-        "tokenizer": Tokenizer(),
+        "dataset": [{"input_ids": row, "labels": row} for row in ids.repeat(4, 1)],
+        "texts": datasets.Dataset.from_list([{"text": f"{number} times {number}"} for number in range(8)]),
+        "tokenizer": tokenizer() if "SFTTrainer" in source else Tokenizer(),
         "data": DataLoader(ids.repeat(4, 1), batch_size=2),
         "train": lambda model: None,
         "codes": torch.zeros(64, 128, dtype=torch.int8),
@@ -137,7 +142,7 @@ def given(source: str) -> dict[str, Any]:
             prepared(model)
         if re.search(r'compare\(|Checkpoint\("out"\)', source):
             save_pretrained(model, "out")
-        if "trainer" in used or "model.model" in source:
+        if ("trainer" in used and "train_dataset=" not in source) or "model.model" in source:
             holder = Language()
             holder.model = model
             model = holder
@@ -152,6 +157,13 @@ def test_code_runs_and_its_callbacks_train_and_export(source, tmp_path, monkeypa
     """What a reader copies has to work: also callbacks that are shown without the trainer around them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "Trainer", functools.partial(Trainer, **QUICK))
+    finish = TrainingArguments.__post_init__
+
+    def on_cpu(self: TrainingArguments) -> None:
+        self.use_cpu = True
+        finish(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_cpu)
     created: list[QATCallback] = []
     initialize = QATCallback.__init__
 
@@ -164,6 +176,8 @@ def test_code_runs_and_its_callbacks_train_and_export(source, tmp_path, monkeypa
     monkeypatch.setattr(QATCallback, "__init__", note)
     found = given(source)
     exec(compile(source, "block", "exec"), found)
+    for exported in set(re.findall(r'export_dir="(run/out)"', source)):
+        assert lockstep.export.Checkpoint(exported).layers
     for callback in created if "trainer" not in found else []:
         assert isinstance(callback.scheme, Scheme)
         callback.export_dir, callback.overwrite = "out", True
