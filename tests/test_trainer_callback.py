@@ -334,12 +334,25 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         callback().on_init_end(args, None, None, model=model(), optimizer=None)  # type: ignore[arg-type]
 
 
-def test_models_with_adapters_are_sent_to_their_page(tmp_path):
+@pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
+def test_models_with_adapters_train_on_the_merged_weight_and_export_it(tmp_path, trainer):
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match=r"PeftModel has PEFT adapters.*docs/lora.md"):
-        run_of(tmp_path, callback(), of=adapted)
+    from lockstep.qat import lora
+
+    config, out = LoraConfig(target_modules=["q_proj", "down_proj"]), tmp_path / "out"
+    added = callback(export_dir=str(out))
+    if trainer == "Trainer":
+        run = run_of(tmp_path / "run", added, of=get_peft_model(model(), config))
+    else:
+        run = sft(tmp_path / "run", added, peft_config=config)
+    run.train()
+    adapters = {name: one for name, one in run.model.named_parameters() if one.requires_grad}
+    assert adapters
+    assert all("lora_" in name for name in adapters)
+    assert all(one.any() for name, one in adapters.items() if "lora_B" in name)  # they begin as zeros
+    with lora.merged(run.model) as served:
+        assert is_export_of(out, served)
 
 
 @pytest.mark.parametrize("where", ["run", "."])
@@ -679,10 +692,3 @@ def test_a_head_that_the_trainer_does_not_call_is_not_trained_as_if_it_were_quan
         sft(tmp_path, callback(ignore=()), eval_dataset=run.train_dataset).evaluate()
     plain = trained(tmp_path, callback(ignore=()))  # transformers' own trainer calls it
     assert plain.state.global_step == 3
-
-
-def test_sft_trainer_with_adapters_is_refused(tmp_path):
-    from peft import LoraConfig
-
-    with pytest.raises(TypeError, match=r"docs/lora.md"):
-        sft(tmp_path, callback(), peft_config=LoraConfig(target_modules=["q_proj"]))

@@ -253,11 +253,6 @@ class QATTrainerCallback(TrainerCallback):
                 "whose copies have no parameters of their own. Start a process for each GPU with torchrun or "
                 "accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
-        if getattr(model, "peft_config", None):
-            raise TypeError(
-                f"{type(model).__name__} has PEFT adapters: which of its weights are quantized, and what is exported, "
-                "is a choice of mode. See docs/lora.md."
-            )
         first = not common.prepared_modules(model)
         options = (self.reuse, self.fp8_input_gradient, self.learned_scales)
         report = prepare(model, self.scheme, self.targets, self.ignore, *options)

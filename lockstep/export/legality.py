@@ -23,7 +23,7 @@ from lockstep.export.served import (
 )
 from lockstep.qat import learned
 from lockstep.qat.experts import Expert
-from lockstep.qat.prepare import FUSED, run_as_one, unwrapped
+from lockstep.qat.prepare import FUSED, run_as_one, unwrapped, without_adapters
 from lockstep.scheme import BLOCK
 
 
@@ -36,9 +36,8 @@ def check_exportable(model: nn.Module, format: str | None = None) -> None:
             for several schemes, or for the KV cache.
         ValueError: an unknown format.
     """
-    model = unwrapped(model)
-    with without_wrappers(model):
-        _check_exportable(model, format)
+    with without_adapters(unwrapped(model)) as served, without_wrappers(served):
+        _check_exportable(served, format)
 
 
 def _check_exportable(model: nn.Module, format: str | None) -> None:
@@ -80,9 +79,8 @@ def check_measured(model: nn.Module) -> None:
 
     Of a sharded model with learned scales all ranks must call it.
     """
-    model = unwrapped(model)
-    with without_wrappers(model):
-        _check_measured(model)
+    with without_adapters(unwrapped(model)) as served, without_wrappers(served):
+        _check_measured(served)
 
 
 def _check_measured(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ from lockstep.export.served import (
 from lockstep.grid import Quantized
 from lockstep.kernels import Quantizer
 from lockstep.qat.experts import Expert, QATExperts
-from lockstep.qat.prepare import unwrapped
+from lockstep.qat.prepare import unwrapped, without_adapters
 from lockstep.scheme import Scheme, dtype_name
 
 
@@ -66,10 +66,11 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
             NaN or infinite, or a layer's words do not give back the weight that it trained with.
         ValueError: an unknown format.
     """
-    for whole, tensors in _entries(model, format):
-        with whole():
-            found = dict(tensors())
-        yield from found.items()
+    with without_adapters(model) as served:
+        for whole, tensors in _entries(served, format):
+            with whole():
+                found = dict(tensors())
+            yield from found.items()
 
 
 def save_pretrained(
@@ -106,14 +107,23 @@ def save_pretrained(
         ValueError: an unknown format or size.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
-    if format == "marlin" and any(isinstance(module, QATExperts) for module in model.modules()):
-        raise ExportError(
-            'marlin stacks the experts for live updates: use stream(model, "marlin"), no folder holds it.'
-        )
-    ranks = ranks_of(model)
-    if ranks is not None:
-        _save_sharded(model, directory, format, tokenizer, limit, overwrite, ranks)
-        return Path(directory).absolute()
+    with without_adapters(model) as served:
+        if format == "marlin" and any(isinstance(module, QATExperts) for module in served.modules()):
+            raise ExportError(
+                'marlin stacks the experts for live updates: use stream(model, "marlin"), no folder holds it.'
+            )
+        ranks = ranks_of(served)
+        if ranks is None:
+            _save_whole(served, directory, format, tokenizer, limit, overwrite)
+        else:
+            _save_sharded(served, directory, format, tokenizer, limit, overwrite, ranks)
+    return Path(directory).absolute()
+
+
+def _save_whole(
+    model: nn.Module, directory: str | Path, format: str | None, tokenizer: Any, limit: int, overwrite: bool
+) -> None:
+    """`save_pretrained` of a model that is whole in this process."""
     check_exportable(model, format)
     check_measured(model)
     with replacing(directory, overwrite) as incomplete:
@@ -121,7 +131,6 @@ def save_pretrained(
         for name, tensor in stream(model, format):
             shards.add(name, tensor)
         _finish(model, incomplete, shards.written(), format, tokenizer)
-    return Path(directory).absolute()
 
 
 def quantization_config(model: nn.Module, format: str | None = None) -> dict[str, Any]:

@@ -77,9 +77,11 @@ def layout_of(module: nn.Module) -> Layout | None:
         return None
     (_, a, b), (_, c, d) = shapes[first], shapes[DOWN]
     width = 2 if first == GATED else 1
-    transposed = (b, a) == (width * c, d)
-    if not transposed and (a, b) != (width * d, c):  # for no shape do both hold
+    as_they_are, turned = (a, b) == (width * d, c), (b, a) == (width * c, d)
+    if not as_they_are and not turned:
         return None
+    # Without a gate both hold for every shape, with one never.
+    transposed = turned and (not as_they_are or bool(getattr(module, "is_transposed", False)))
     return Layout(first, transposed, not getattr(module, "is_concatenated", True))
 
 
@@ -199,16 +201,20 @@ class QATExperts(nn.Module):
         kwargs = {name: _rounded(value, served) for name, value in kwargs.items()}
         masters = {name: _whole(self, name) for name in (self.layout.first, DOWN)}
         if in_kernels_order(self):
-            weights, biases = _cut(self), _cut(self, "_bias")
-
-            def run(expert: Expert, x: Tensor) -> Tensor:
-                bias = biases[expert.part][expert.number] if biases else None
-                return expert.run(x, weights[expert.part][expert.number], bias)
-
-            return by_expert(self, hidden_states, *args, *kwargs.values(), linear=run)
+            return self._in_kernels_order(hidden_states, *args, *kwargs.values())
         quantized = {name: _quantized(master, self.layout, self.scheme, dtype) for name, master in masters.items()}
         with _computed_again(masters, quantized, self.layout, self.scheme):
             return self.plain_class.forward(_standing_in(self, quantized), hidden_states, *args, **kwargs)
+
+    @torch.compiler.disable(reason="which experts have tokens is looked up at each call")
+    def _in_kernels_order(self, hidden_states: Tensor, *routing: Any) -> Tensor:
+        weights, biases = _cut(self), _cut(self, "_bias")
+
+        def run(expert: Expert, x: Tensor) -> Tensor:
+            bias = biases[expert.part][expert.number] if biases else None
+            return expert.run(x, weights[expert.part][expert.number], bias)
+
+        return by_expert(self, hidden_states, *routing, linear=run)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class has no name that a pickle could find
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
@@ -249,11 +255,17 @@ def by_expert(
 
     `hidden_states` is ``[..., H]``; `routing`, in any order, the experts of each token, integers ``[T, k]``, and their
     weights, ``[T, k]``: an expert's output, in the dtype computed in, times its weight, is rounded, and the sum over k
-    rounded once. An index beyond the last expert is nobody's.
+    rounded once. An index beyond the last expert is nobody's. Without `routing`, as Llama 4 has it, `hidden_states` are
+    as many rows for each expert, one expert's after another's, which the router has weighed already.
 
     Raises:
-        TypeError: this class of experts is not called with indices and weights.
+        TypeError: this class of experts is called otherwise.
     """
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(hidden_states))
+    count = module.layout.count(module)
+    if not routing and len(rows) % count == 0:
+        index = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count).unsqueeze(1)
+        routing = (index, torch.ones_like(index, dtype=rows.dtype))
     if len(routing) != 2 or not all(isinstance(one, Tensor) and one.ndim == 2 for one in routing):
         raise TypeError(
             f"{module.qualified_name}: {module.plain_class.__name__} is not called with the experts of each token and "
@@ -261,7 +273,6 @@ def by_expert(
             "weight-only scheme for it."
         )
     weights, index = sorted(routing, key=lambda one: not one.is_floating_point())
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(hidden_states))
     outputs, places = [], []
     parts: dict[str, Expert] = {}
     for expert in experts(module):

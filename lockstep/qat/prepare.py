@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -146,6 +147,9 @@ def prepare(
     Nothing is changed when it raises.
     """
     model = unwrapped(model)
+    if (lora := _lora(model)) is not None:
+        options = {"reuse": reuse, "fp8_input_gradient": fp8_input_gradient, "learned_scales": learned_scales}
+        return lora.prepare(model, scheme, targets, ignore, **options)
     if reuse not in (None, *get_args(Reuse)):
         raise ValueError(f"reuse={reuse!r}: choose {' or '.join(map(repr, get_args(Reuse)))}, or None.")
     rules = _rules(scheme, _patterns(targets))
@@ -261,7 +265,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def inner(module: nn.Module) -> nn.Module | None:
     """The module that `module` wraps and passes its inputs to, or None: it is no wrapper known here.
 
-    Known are ``torch.compile``, DataParallel, DDP, FSDP1, torch's checkpoint_wrapper and DeepSpeed's engine.
+    Known are ``torch.compile``, DataParallel, DDP, FSDP1, torch's checkpoint_wrapper, DeepSpeed's engine and a
+    ``PeftModel``.
     """
     for name in WRAPPED:
         if name in module._modules:
@@ -269,7 +274,27 @@ def inner(module: nn.Module) -> nn.Module | None:
     deepspeed = sys.modules.get("deepspeed")
     engines = (deepspeed.DeepSpeedEngine,) if deepspeed and hasattr(deepspeed, "DeepSpeedEngine") else ()
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, *engines)
+    peft: Any = sys.modules.get("peft")
+    if hasattr(peft, "PeftModel") and isinstance(module, peft.PeftModel):
+        return module.get_base_model()
     return module.module if isinstance(module, parallel) else None
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Where peft's adapters are in `model`, the model that is served (`lockstep.qat.lora.merged`); else itself."""
+    lora = _lora(model)
+    with nullcontext(model) if lora is None else lora.merged(model) as served:
+        yield served
+
+
+def _lora(model: nn.Module) -> Any:
+    """`lockstep.qat.lora` if peft's adapters are in `model`, else None: it loads peft."""
+    if "peft" not in sys.modules:
+        return None
+    from lockstep.qat import lora
+
+    return lora if lora.adapted(model) else None
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -328,6 +353,12 @@ def _routers(model: nn.Module) -> set[str]:
 
 
 def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> None:
+    if type(module).__module__ == "bitsandbytes.nn.modules":
+        raise TypeError(
+            f"{name} is bitsandbytes' {type(module).__name__}: training on another grid than it has would move it. "
+            "lockstep.qat.lora.requantize measures by how much, and does it if that is accepted; or load the model "
+            "without quantization_config."
+        )
     if type(module) not in (nn.Linear, QATLinear):
         raise TypeError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}: this version quantizes torch.nn.Linear "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,7 +24,13 @@ class CausalLM(LightningModule):
         weight_decay: of the weight matrices; norms, biases and learned scales have none.
         warmup_steps: optimizer steps until the peak.
         final_share: the learning rate at the last step, as a share of the peak.
-        save_dir: write the masters there as an ordinary transformers folder when the fit ends.
+        save_dir: write the masters there as an ordinary transformers folder when the fit ends, or with `lora` the
+            adapter.
+        lora: fields of a ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``, to train an adapter
+            alone; None: all weights.
+        lora_mode: what the adapter trains on, see `lockstep.qat.lora`. ``merged``: on the weights that a `QATCallback`
+            quantizes and exports. ``frozen-grid``: `model` is a folder that Lockstep exported. ``qlora``: `model` is
+            loaded in NF4. In the last two no `QATCallback` belongs to the trainer.
     """
 
     def __init__(
@@ -35,6 +41,8 @@ class CausalLM(LightningModule):
         warmup_steps: int = 50,
         final_share: float = 0.01,
         save_dir: str | None = None,
+        lora: dict[str, Any] | None = None,
+        lora_mode: Literal["merged", "frozen-grid", "qlora"] = "merged",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -47,8 +55,12 @@ class CausalLM(LightningModule):
         return getattr(datamodule, "tokenizer", None)
 
     def configure_model(self) -> None:
-        """Build or load the model, with fp32 masters."""
-        if self.model is None:
+        """Build or load the model, with fp32 masters, or the base and its adapter."""
+        if self.model is None and self.hparams["lora"] is not None:
+            self.model = load_adapted(
+                self.hparams["model"], self.tokenizer, self.hparams["lora"], self.hparams["lora_mode"]
+            )
+        elif self.model is None:
             self.model = load_model(self.hparams["model"], self.tokenizer)
         vocabulary = self.model.config.vocab_size
         if self.tokenizer is not None and len(self.tokenizer) > vocabulary:
@@ -72,7 +84,7 @@ class CausalLM(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW; linear warm-up, then a cosine down to `final_share`."""
         rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
-        named = dict(self.named_parameters())
+        named = {name: one for name, one in self.named_parameters() if one.requires_grad}
         # Learned scales of weights are matrices too; they must not decay, and move by their own size (qat/learned.py).
         scales = {name: one for name, one in named.items() if name.endswith(".weight_scale")}
         plain = [one for name, one in named.items() if name not in scales]
@@ -96,7 +108,7 @@ class CausalLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Save the masters, under their ordinary names."""
+        """Save the masters, under their ordinary names, or the adapter, as peft does."""
         if self.hparams["save_dir"] and self.trainer.is_global_zero:
             self.model.save_pretrained(self.hparams["save_dir"])
             if self.tokenizer is not None:
@@ -128,3 +140,29 @@ def load_model(name: str | None, tokenizer: Any = None) -> Any:
     if path.is_file() or (path.is_dir() and not has_weights):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def load_adapted(name: str | None, tokenizer: Any, config: dict[str, Any], mode: str) -> Any:
+    """The ``PeftModel`` of `CausalLM`'s arguments `model`, `lora` and `lora_mode`.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: no such mode; a mode that needs a folder without one; see `lockstep.qat.lora.get_peft_model`.
+    """
+    import lockstep.qat.lora as lora  # which raises with what to install
+
+    if mode not in lora.MODES:
+        raise ValueError(f"lora_mode={mode!r}: choose one of {', '.join(map(repr, lora.MODES))}.")
+    adapter = lora.peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config})
+    if mode == "merged":  # on plain layers, which a QATCallback prepares before the optimizer exists
+        return lora.peft.get_peft_model(load_model(name, tokenizer), lora.register(adapter))
+    if name is None:
+        raise ValueError(f"lora_mode={mode!r}: give model, the base that stays frozen.")
+    if mode == "frozen-grid":
+        from lockstep.export.adapter import load_frozen
+
+        return lora.get_peft_model(load_frozen(name), adapter, "frozen-grid")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(name, quantization_config=lora.nf4(), dtype=torch.bfloat16)
+    return lora.get_peft_model(base, adapter, "qlora")
