@@ -1,4 +1,7 @@
-"""The command line: ``lockstep fit | validate | test | predict | align | calibrate | sensitivity | plan | kernels``."""
+"""The command line.
+
+``lockstep fit | validate | test | predict | align | calibrate | export | inspect | sensitivity | plan | kernels``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 for a gap that `align` found, or 2 for input that cannot be used."""
+    """Run one command. Returns 0, or 1 for what `align` or `inspect` found, or 2 for input that cannot be used."""
     from rich.console import Console
 
     words = list(sys.argv[1:] if args is None else args)
@@ -24,12 +27,16 @@ def main(args: Sequence[str] | None = None) -> int:
     if command in TRAINER_COMMANDS:
         return _trainer(args)
     from lockstep.calibrate import calibrate_command
+    from lockstep.export.convert import export_command
+    from lockstep.inspect import inspect_command
     from lockstep.plan import plan_command
     from lockstep.sensitivity import sensitivity_command
 
     functions: dict[str, Callable[..., int]] = {
         "align": align,
         "calibrate": calibrate_command,
+        "export": export_command,
+        "inspect": inspect_command,
         "kernels": kernels,
         "plan": plan_command,
         "sensitivity": sensitivity_command,
@@ -161,6 +168,8 @@ _USAGE = """usage: lockstep COMMAND ...
   fit | validate | test | predict   a LightningCLI run, e.g. lockstep fit --config lockstep/recipes/int4_qat.yaml
   align MODEL CHECKPOINT            does the checkpoint compute what was trained? exits with 1 if not
   calibrate MODEL OUT               measure the input ranges of a model, for schemes that store them
+  export MODEL OUT                  masters on disk to a served folder, without the model in memory
+  inspect MODEL                     what a folder is, what engines do with it; exits with 1 for problems
   sensitivity MODEL                 what each scheme costs each layer, and a recipe for a budget of bytes
   plan MODEL                        what serving and training take of memory, and which GPUs fit
   kernels                           every registered kernel, and why it can or cannot run here

@@ -24,6 +24,7 @@ RUNS = {
     "kernel_bandwidth": (BANDWIDTH, ["terabytes_per_second", "of_copy"]),
     "growth": (["--sizes", "128", "256", "--fixed", "128", "--rounds", "2"], ["microseconds"]),
     "kernel_agreement": (["--shapes", "128x256"], ["equal"]),
+    "streaming_export": ([], ["seconds", "peak_rss_gib", "mb_per_second"]),
     "whole_model": (["--modes", "eager", "--rounds", "2", *MODEL], ["tokens_per_second", "ratio"]),
 }
 

@@ -30,7 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dirpath has changed.*", "ignor
 
 RECIPE, FP8_RECIPE = (Path(lockstep.recipes.__file__).with_name(f"{name}_qat.yaml") for name in ("int4", "fp8"))
 LAYER = "model.layers.0.mlp.down_proj"
-COMMANDS = ("fit", "validate", "test", "predict", "align", "calibrate", "sensitivity", "plan", "kernels")
+COMMANDS = (
+    *("fit", "validate", "test", "predict", "align", "calibrate", "export", "inspect", "sensitivity", "plan"),
+    "kernels",
+)
 
 
 # A recipe, from the shell ------------------------------------------------------------------------------------------
@@ -605,6 +608,24 @@ def test_plan_refuses_in_one_line(run, monkeypatch, capsys, arguments, message):
 # kernels, usage, the console script --------------------------------------------------------------------------------
 
 
+def test_export_gives_the_bits_of_the_recipe_and_inspect_reads_them(run, tmp_path, capsys):
+    """From the masters that the run saved, to the tensors and the scheme that it exported itself."""
+    masters, checkpoint = run.folders
+    how = ["--scheme", "{weights: {group_size: 64}}", "--workers", "1"]
+    assert main(["export", masters, str(tmp_path / "out"), *how]) == 0
+    printed = capsys.readouterr().out
+    assert f"written: {tmp_path / 'out'}" in printed
+    ours, wanted = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "out", checkpoint))
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "int4 g64 amax/7 bfloat16" in capsys.readouterr().out
+    assert main(["export", masters, str(tmp_path / "out"), *how]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_kernels_shows_every_kernel_and_why_it_cannot_run(monkeypatch, capsys, device):
     """Also for a device that this machine does not have."""
@@ -648,6 +669,8 @@ def test_usage_lists_every_command(capsys, arguments, code):
 EXPLAINED = {
     "align": "checkpoint",
     "calibrate": "observer",
+    "export": "max_shard_size",
+    "inspect": "over how many GPUs",
     "sensitivity": "budget",
     "plan": "context",
     "kernels": "device",

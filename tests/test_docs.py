@@ -33,6 +33,8 @@ from lockstep.align.report import REACHABLE_EQUAL
 from lockstep.calibrate import calibrate_command
 from lockstep.callbacks import QATCallback
 from lockstep.export import formats, save_pretrained
+from lockstep.export.convert import export_command
+from lockstep.inspect import inspect_command
 from lockstep.kernels import KERNELS
 from lockstep.plan import plan_command
 from lockstep.qat.kv_cache import SPECS
@@ -46,6 +48,8 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 COMMANDS = {
     "align": cli.align,
     "calibrate": calibrate_command,
+    "export": export_command,
+    "inspect": inspect_command,
     "kernels": cli.kernels,
     "plan": plan_command,
     "sensitivity": sensitivity_command,

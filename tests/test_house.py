@@ -21,7 +21,7 @@ FLOORS = [
     ("qat",),
     ("export",),
     ("loading",),
-    ("align", "calibrate", "plan", "sensitivity"),
+    ("align", "calibrate", "inspect", "plan", "sensitivity"),
     ("callbacks",),
     ("recipes", "cli"),
 ]
@@ -87,7 +87,7 @@ def test_the_floors_are_those_that_contributors_read_about():
         *({part} for floor in FLOORS[:6] for part in floor),
         {"export"},
         {"loading"},
-        {"align", "calibrate", "plan", "sensitivity"},
+        {"align", "calibrate", "inspect", "plan", "sensitivity"},
         {"callbacks"},
         {"recipes", "cli"},
     ]

@@ -179,7 +179,7 @@ def _frozen_of(stored: Checkpoint, name: str, linear: nn.Linear, device: str) ->
     if shape != (linear.out_features, linear.in_features):
         found = (linear.out_features, linear.in_features)
         raise CheckpointError(f"{name} is stored with N, K = {shape}, the model has {found}.")
-    scheme, format = stored.scheme_of(name), stored._group(name).format
+    scheme, format = stored.scheme_of(name), stored.format_of(name)
     tensors = {key: stored.tensor(f"{name}.{key}").to(device) for key in formats.find(format).tensors(scheme.weights)}
     if (scale := stored.stored_scale(name)) is not None:
         tensors[scheme.activations.scale_name] = scale.to(device)  # type: ignore[union-attr]

@@ -75,6 +75,10 @@ class Checkpoint:
         """The scheme of the layer `name`. CheckpointError if it is not stored quantized."""
         return self._group(name).scheme
 
+    def format_of(self, name: str) -> str:
+        """The name of the format that stores the layer `name`. CheckpointError if it is not stored quantized."""
+        return self._group(name).format
+
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of all stored tensors."""

@@ -1,0 +1,223 @@
+"""The masters on disk, tensor by tensor: of a transformers folder, of ``torch.save``, of a distributed checkpoint.
+
+Files are read and not mapped, so that none of their pages count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class Stored(Protocol):
+    """A tensor on disk."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Its rows from `start` to `stop` along the first dimension, on the CPU; of a scalar it is the one row."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor whose bytes stand one after another in a file: of safetensors, or of ``torch.save``."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        width = math.prod(self.shape[1:])
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        size = (stop - start) * width * self.dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=self.dtype)
+        found = bytearray(size)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * width * self.dtype.itemsize)
+            view = memoryview(found)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise OSError(f"{self.path} ends within a tensor: it was truncated while it was read")
+                view = view[count:]
+        return torch.frombuffer(found, dtype=self.dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """A tensor of a ``torch.distributed.checkpoint`` folder, in shards of which its files know. It is read whole."""
+
+    folder: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        whole = _distributed(self)
+        return whole[start:stop].clone() if self.shape else whole.clone()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one matrix of a stacked tensor ``[E, N, K]``, or ``[E, K, N]`` if it is `transposed`."""
+
+    stacked: Stored
+    number: int
+    cut: slice = field(hash=False)
+    transposed: bool
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stacked.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        matrix = self.stacked.rows(self.number, self.number + 1)[0]
+        return (matrix.mT if self.transposed else matrix)[self.cut][start:stop].contiguous()
+
+
+@functools.lru_cache(maxsize=1)
+def _distributed(stored: Distributed) -> Tensor:
+    """The tensor read last, so that its rows are asked for at no cost."""
+    from torch.distributed import checkpoint
+
+    found = torch.empty(stored.shape, dtype=stored.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
+        checkpoint.load({stored.key: found}, storage_reader=checkpoint.FileSystemReader(stored.folder), no_dist=True)
+    return found
+
+
+def stored_tensors(source: Path) -> dict[str, Stored]:
+    """The tensors that a folder or a file of masters stores, by name; none of them is read.
+
+    Raises:
+        ValueError: it is no folder of safetensors files or of ``torch.distributed.checkpoint``, and no file of
+            ``torch.save``; a file of it is missing, truncated or of another kind.
+    """
+    if source.is_file():
+        return _of_torch_save(source)
+    if (source / ".metadata").is_file():
+        return _of_distributed(source)
+    if not source.is_dir():
+        raise ValueError(
+            f"{source} is not there: give a transformers folder, a .ckpt file or a distributed checkpoint."
+        )
+    if (source / "model.safetensors").is_file():  # which transformers reads even where there is an index too
+        paths, weight_map = [source / "model.safetensors"], {}
+    elif (source / INDEX).is_file():
+        weight_map = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        paths = sorted({source / name for name in weight_map.values()})
+    else:
+        held = ", ".join(sorted(path.name for path in source.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{source} has no model.safetensors and no {INDEX} (it holds {held}): save the model with "
+            "save_pretrained, or give a .ckpt file."
+        )
+    found: dict[str, Stored] = {}
+    for path in paths:
+        found |= _of_safetensors(path)
+    if lost := [name for name in weight_map if name not in found]:
+        raise ValueError(f"{source / INDEX} lists {lost[0]}, which no file holds.")
+    return found
+
+
+def _of_safetensors(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, "pt"):  # which compares the header with the file's size
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing, truncated or no safetensors file: {error}.") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    if odd := [name for name, entry in header.items() if entry["dtype"] not in TYPES]:
+        raise ValueError(f"{path}: {odd[0]} is {header[odd[0]]['dtype']}: masters are {', '.join(TYPES)}.")
+    return {
+        name: Span(path, 8 + size + entry["data_offsets"][0], TYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def _of_torch_save(path: Path) -> dict[str, Stored]:
+    """The tensors of the ``state_dict`` of a Lightning checkpoint, or of a file that is a state dict itself."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # what torch raises differs by what the file is
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"cannot read {path} as a file of torch.save with tensors and plain data: {first}") from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no state_dict with tensors.")
+    found: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None or not tensor.is_contiguous():
+            how = "not contiguous" if start is not None else "in the format of torch before 1.6"
+            raise ValueError(f"{path}: {name} is stored {how}: save it again, as a contiguous tensor.")
+        found[name] = Span(
+            path, start + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)
+        )
+    return found
+
+
+def _of_distributed(folder: Path) -> dict[str, Stored]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: Distributed(folder, name, entry.properties.dtype, tuple(entry.size))
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
