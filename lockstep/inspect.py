@@ -62,14 +62,16 @@ class Inspection:
 
     def __rich__(self):  # type: ignore[no-untyped-def]
         from rich.console import Group
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         parts: list[Any] = [Text(f"{self.folder}: {self.kind}")]
         if self.report is not None:
             parts.append(self.report)
         if self.schemes:
-            table = Table("layers", "format", "scheme", title="Quantized layers", title_justify="left")
+            table = Table(
+                Column("layers", overflow="fold"), "format", "scheme", title="Quantized layers", title_justify="left"
+            )
             for (format, scheme), names in self.schemes.items():
                 for pattern, count in _patterns(names).items():
                     table.add_row(f"{pattern}  x{count}" if count > 1 else pattern, format, scheme)
@@ -81,11 +83,14 @@ class Inspection:
                 table.add_row(what, f"{size / 1e6:,.1f}", f"{size / max(1, total):.1%}")
             parts.append(table)
         if self.shards:
-            table = Table("layers", "cut along", "says", "N x K of a GPU", "", title="One GPU", title_justify="left")
-            for (pattern, cut, source, n, k, legal), ones in parallel.alike(self.shards).items():
+            sources = ", ".join(dict.fromkeys(one.source for one in self.shards if one.source))
+            title = f"One GPU, as {sources} cuts them" if sources else "One GPU"
+            layers = Column("layers", overflow="fold")
+            table = Table(layers, "cut along", "N x K of a GPU", "", title=title, title_justify="left")
+            for (pattern, cut, _, n, k, legal), ones in parallel.alike(self.shards).items():
                 shown = f"{pattern}  x{len(ones)}" if len(ones) > 1 else ones[0].name
                 along = {"column": "outputs", "row": "inputs", "whole": "not cut"}[cut]
-                table.add_row(shown, along, source, f"{n} x {k}", "fits" if legal else "does not fit")
+                table.add_row(shown, along, f"{n} x {k}", "fits" if legal else "does not fit")
             parts.append(table)
         if self.kernels:
             title = "Kernels registered for this, here (engines by GPU: docs/engines.md)"
