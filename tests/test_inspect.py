@@ -221,7 +221,12 @@ def test_schemes_shapes_and_sizes_of_any_format(kind, ours, tmp_path):
     cut = [shapes[f"{name}_proj"] for name in ("down", "gate", "k")]
     assert cut == [(256, 512 // tp), (512 // tp, 256), (128 // tp, 256)]
     assert ("not written by Lockstep" in found.kind) != ours
-    assert "mlp.down_proj  x2" in str(found)
+    printed = dict(re.findall(r"(\w+)_proj  x2 +│ (outputs|inputs) ", str(found)))
+    assert printed == {"q": "outputs", "k": "outputs", "v": "outputs", "o": "inputs"} | {
+        "gate": "outputs",
+        "up": "outputs",
+        "down": "inputs",
+    }
 
 
 def test_a_folder_of_compressed_tensors_own_tools(tmp_path):
