@@ -30,7 +30,7 @@ from lockstep.loading import as_served, load_model, token_batches
 from lockstep.qat import observers
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Histogram, Observer, ObserverName
-from lockstep.qat.prepare import as_text, prepare, quantized_modules, unwrapped
+from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, unwrapped
 from lockstep.scheme import Scheme
 
 Batch = Tensor | Mapping[str, Any]
@@ -124,8 +124,9 @@ def calibrate(
     """Run batches through a prepared model and write every scale that it stores: of inputs, of keys and values.
 
     The layers compute with quantized weights and with inputs, keys and values as they are meanwhile, in eval mode
-    without gradients; masters wider than the served dtype run under autocast to it, unless the caller has an autocast
-    of their own. Over several ranks every rank must call it, each with its own batches; all write the same bits.
+    without gradients; experts, whose inputs have no stored scale, compute as they train; masters wider than the served
+    dtype run under autocast to it, unless the caller has an autocast of their own. Over several ranks every rank must
+    call it, each with its own batches; all write the same bits.
 
     Args:
         model: prepared with measured input ranges (``FP8``, ``NVFP4``, static INT8), or a static KV cache.
@@ -149,7 +150,9 @@ def calibrate(
 
     layers, attention, seen = observers.storing_layers(model), _attention(model), 0
     before = {key: scale.clone() for key, scale in _scales(model).items()}
-    served = next((layer.scheme.weights.served_dtype for _, layer in quantized_modules(model)), torch.float32)
+    schemes = [layer.scheme for _, layer in quantized_modules(model)]
+    schemes += [module.scheme for _, module in quantized_experts(model)]
+    served = schemes[0].weights.served_dtype if schemes else torch.float32
     try:
         if layers or not attention:
             observers.observe(model, observer)

@@ -17,12 +17,14 @@ Serving, on one GPU or tensor parallel over several:
 Training, all parameters, AdamW, sharded over the GPUs (FSDP, ZeRO-3):
 
 - masters P x B, gradients P x B, both moments 2 x P x B, in the masters' dtype; one gathered decoder layer in 16 bits
-  with several GPUs; after: the fake-quantized weight of the largest layer, of which there is one at a time.
+  with several GPUs; after: the fake-quantized weight of the largest layer, of which there is one at a time: of a
+  module of experts all of them, but where their kernel's order asks for one after another.
 - saved activations of one GPU: tokens x layers x 2 B x (8 h + 2 x queries + keys + values + 4 x MLP width): of the two
   norms their inputs in fp32 and outputs before the weight (6 h), the inputs of q/k/v and gate/up (2 h), what attention
   keeps, and gate, up, their activation and product. That is what transformers' Llama saves with sdpa; an estimate for
   other layers. Quantized inputs are saved as codes, once for layers that see the same one, and not in 16 bits, but for
-  o_proj's, which attention keeps too. A static KV cache adds a byte for each key and value: whether it was clipped.
+  o_proj's, which attention keeps too; each of the experts that a token uses saves its own, gate and up apart. A
+  static KV cache adds a byte for each key and value: whether it was clipped.
   With gradient checkpointing: tokens x layers x 2 B x h, and all of one layer.
 - logits: tokens x vocabulary x 10 B (16 bits, fp32 and its gradient).
 
@@ -32,16 +34,19 @@ A GPU fits if what it needs is at most 90 % of its memory; the rest is for CUDA,
 from __future__ import annotations
 
 import copy
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lockstep.qat.prepare import as_text, run_as_one
+from lockstep.qat.experts import DOWN, Expert, QATExperts, in_kernels_order
+from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, run_as_one
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
 
 # GiB that the driver reports, ECC on where the card has it on as delivered.
@@ -179,9 +184,9 @@ def plan(
         checkpointing: whether layers are computed again in the backward pass.
 
     Raises:
-        ValueError: no transformers model; a target that matches nothing; rows that do not divide into groups; heads
-            that do not divide over `gpus`; a cache that cannot be quantized; a number below 1.
-        TypeError: a matched module that is not ``nn.Linear``.
+        ValueError: no transformers model; heads that do not divide over `gpus`; a cache that cannot be quantized; a
+            number below 1; what `lockstep.prepare` refuses.
+        TypeError: the same, of a matched module that is not ``nn.Linear`` or experts.
     """
     from lockstep.qat import kv_cache
 
@@ -198,10 +203,10 @@ def plan(
     if text.num_attention_heads % gpus:
         raise ValueError(f"gpus={gpus}: {text.num_attention_heads} attention heads do not divide over them.")
 
-    chosen = _chosen(built, rules, ignore)
+    chosen = _chosen(built, rules, ignore, getattr(text, "num_experts_per_tok", None) or 1)
     spec = kv_cache.spec_of(kv) if kv is not None else None
     attention = list(kv_cache.caching_attention(built))
-    notes = _notes(built, attention, text)
+    notes = _notes(built, chosen, attention, text)
     lines = [
         *_weights(built, chosen, served, gpus),
         *_cache(attention, text, spec, context, batch, served, gpus),
@@ -301,39 +306,57 @@ def _on_meta(model: Any, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _chosen(model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str]) -> dict[str, tuple[nn.Linear, Scheme]]:
-    from compressed_tensors.utils import is_match
+class _Layer(NamedTuple):
+    """A linear layer that is quantized, or a projection of all experts of a module.
 
-    modules = {name: module for name, module in model.named_modules() if name}
-    chosen: dict[str, tuple[nn.Linear, Scheme]] = {}
-    taken: set[str] = set()
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    for rule in rules:
-        patterns = (rule.targets,) if isinstance(rule.targets, str) else tuple(rule.targets)
-        for pattern in patterns:
-            matched = [name for name, module in modules.items() if is_match(name, module, pattern)]
-            if not matched:
-                raise ValueError(f"target {pattern!r} matches no module of {type(model).__name__}.")
-            for name in matched:
-                module = modules[name]
-                left_out = name in taken or any(is_match(name, module, one) for one in ignore)
-                taken.add(name)
-                if left_out or rule.scheme is None:
-                    continue
-                if not isinstance(module, nn.Linear):
-                    raise TypeError(f"{name} is a {type(module).__name__}: this version quantizes nn.Linear.")
-                chosen[name] = (module, Scheme.of(rule.scheme))
-    if not chosen:
-        raise ValueError("nothing to quantize: ignore covers all that targets match.")
+    `copies` are stored, `uses` of them run for a token; `at_once` weights are fake-quantized together, of `parameter`.
+    """
+
+    out_features: int
+    in_features: int
+    scheme: Scheme
+    parameter: Tensor
+    at_once: int
+    copies: int = 1
+    uses: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.copies * self.out_features * self.in_features
+
+
+def _chosen(model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str], top_k: int) -> dict[str, _Layer]:
+    """What `prepare` quantizes, which it does here."""
+    with warnings.catch_warnings():  # what stays is counted and noted
+        warnings.filterwarnings("ignore", message=".* in modules that no rule names")
+        prepare(model, rules, ignore=ignore)
+    chosen = {
+        name: _Layer(layer.out_features, layer.in_features, layer.scheme, layer.weight, layer.weight.numel())
+        for name, layer in quantized_modules(model)
+    }
+    for name, module in quantized_experts(model):
+        chosen |= {f"{name}.{part}": _projection(module, part, top_k) for part in module.layout.parts(0)}
     return chosen
 
 
-def _notes(model: nn.Module, attention: list[tuple[str, Any]], text: Any) -> Iterator[str]:
-    experts = [parameter for parameter in model.parameters() if parameter.ndim > 2]
+def _projection(module: QATExperts, part: str, top_k: int) -> _Layer:
+    one, copies = Expert(module, 0, part), module.layout.count(module)
+    size = one.out_features * one.in_features
+    together = sum(module.get_parameter(name).numel() for name in (module.layout.first, DOWN))
+    at_once = size if in_kernels_order(module) else together
+    parameter = module.get_parameter(one.parameter)
+    return _Layer(one.out_features, one.in_features, one.scheme, parameter, at_once, copies, top_k)
+
+
+def _notes(
+    model: nn.Module, chosen: Mapping[str, _Layer], attention: list[tuple[str, Any]], text: Any
+) -> Iterator[str]:
+    known = {id(layer.parameter) for layer in chosen.values()}
+    experts = [parameter for parameter in model.parameters() if parameter.ndim > 2 and id(parameter) not in known]
     if experts:
         yield (
             f"{sum(parameter.numel() for parameter in experts):,} parameters are in {len(experts)} weights of more "
-            "than two dimensions (experts): lockstep.prepare leaves those as they are, and so does this plan."
+            "than two dimensions (experts) that lockstep.prepare leaves as they are, and so does this plan."
         )
     if len(attention) < text.num_hidden_layers:
         yield (
@@ -342,46 +365,39 @@ def _notes(model: nn.Module, attention: list[tuple[str, Any]], text: Any) -> Ite
         )
 
 
-def _weights(
-    model: nn.Module, chosen: Mapping[str, tuple[nn.Linear, Scheme]], served: torch.dtype, gpus: int
-) -> Iterator[Line]:
+def _weights(model: nn.Module, chosen: Mapping[str, _Layer], served: torch.dtype, gpus: int) -> Iterator[Line]:
     size = served.itemsize
     parameters = list(model.parameters())  # each once, tied ones too
     yield _stored("weights", parameters, size, gpus, "before", served)
-    for scheme in dict.fromkeys(scheme for _, scheme in chosen.values()):
-        layers = [module for module, other in chosen.values() if other == scheme]
+    for scheme in dict.fromkeys(layer.scheme for layer in chosen.values()):
+        layers = [layer for layer in chosen.values() if layer.scheme == scheme]
         spec, inputs = scheme.weights, scheme.activations
         packed = spec.format.startswith("int") and not (inputs and spec.format == "int8")
-        sizes = []
-        for name, (module, other) in chosen.items():
-            if other == scheme:
-                try:
-                    sizes.append(spec.stored_bytes(module.out_features, module.in_features, packed))
-                    if inputs:
-                        inputs.num_groups(module.in_features)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error} Or name the module in ignore.") from None
+        sizes = [
+            [one.copies * part for part in spec.stored_bytes(one.out_features, one.in_features, packed)]
+            for one in layers
+        ]
         codes, scales, zero_points = map(sum, zip(*sizes, strict=True))
-        count = sum(layer.weight.numel() for layer in layers)
-        arithmetic = f"{len(layers)} layers, {count:,} weights x {spec.bits} bits / 8"
+        count, number_of_layers = sum(layer.weights for layer in layers), sum(layer.copies for layer in layers)
+        arithmetic = f"{number_of_layers} layers, {count:,} weights x {spec.bits} bits / 8"
         padding = codes - count * spec.bits // 8
         yield _divided("codes", arithmetic + f" + {padding:,} B padding" * (padding > 0), codes, gpus)
-        shapes = [spec.scale_shape(layer.out_features, layer.in_features) for layer in layers]
-        number = sum(rows * groups for rows, groups in shapes)
+        shapes = [(layer.copies, *spec.scale_shape(layer.out_features, layer.in_features)) for layer in layers]
+        number = sum(math.prod(shape) for shape in shapes)
         arithmetic = f"{number:,} scales x {spec.scale_dtype.itemsize} B ({dtype_name(spec.scale_dtype)})"
         if spec.scale_rule == "nv/6":
-            arithmetic += f" + {len(layers)} global scales x 4 B"
+            arithmetic += f" + {number_of_layers} global scales x 4 B"
         yield _divided("scales", arithmetic, scales, gpus)
         if zero_points:
             yield _divided("zero points", f"{number:,} x {spec.bits} bits / 8, in 32-bit words", zero_points, gpus)
         if inputs and inputs.stores_scale:
-            stored = 4 * len(layers)
-            yield Line("serve", "input scales", f"{len(layers)} x 4 B", stored, stored, "after")
-    replaced = {id(module.weight) for module, _ in chosen.values()}
+            stored = 4 * number_of_layers
+            yield Line("serve", "input scales", f"{number_of_layers} x 4 B", stored, stored, "after")
+    replaced = {id(layer.parameter) for layer in chosen.values()}
     replaced -= {
         id(parameter)  # an embedding tied to a quantized head stays
         for name, module in model.named_modules()
-        if name not in chosen
+        if name not in chosen and not isinstance(module, QATExperts)
         for parameter in module.parameters(recurse=False)
     }
     rest = [parameter for parameter in parameters if id(parameter) not in replaced]
@@ -476,7 +492,7 @@ def _step(text: Any, context: int, batch: int, served: torch.dtype, gpus: int) -
 
 def _states(
     model: nn.Module,
-    chosen: Mapping[str, tuple[nn.Linear, Scheme]],
+    chosen: Mapping[str, _Layer],
     masters: torch.dtype,
     served: torch.dtype,
     gpus: int,
@@ -491,13 +507,13 @@ def _states(
         largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
         gathered = largest * served.itemsize
         yield Line("train", "a gathered layer", f"{largest:,} x {served.itemsize} B", gathered, gathered)
-    largest = max(module.weight.numel() for module, _ in chosen.values())
+    largest = max(layer.at_once for layer in chosen.values())
     total = largest * served.itemsize
     yield Line("train", "a fake-quantized weight", f"{largest:,} x {served.itemsize} B", total, total, "after")
 
 
 def _saved(
-    chosen: Mapping[str, tuple[nn.Linear, Scheme]],
+    chosen: Mapping[str, _Layer],
     attention: Sequence[tuple[str, Any]],
     text: Any,
     spec: Any,
@@ -527,18 +543,23 @@ def _saved(
     yield Line("train", "logits", f"{count:,} tokens x {text.vocab_size:,} x 10 B", logits, logits)
 
 
-def _saved_codes(chosen: Mapping[str, tuple[nn.Linear, Scheme]]) -> tuple[int, int]:
+def _saved_codes(chosen: Mapping[str, _Layer]) -> tuple[int, int]:
     """Bytes for each token that layers save as codes of their inputs, and of the 16-bit inputs that they do not."""
     codes, inputs = 0, 0
     for siblings in run_as_one(chosen):
-        module, scheme = chosen[siblings[0]]
-        if scheme.activations is not None:
-            # Layers that see one input share its codes, unless each has a measured scale of its own.
-            times = len(siblings) if scheme.activations.stores_scale else 1
-            codes += times * module.in_features * scheme.activations.code_dtype.itemsize
-            if siblings[0].rpartition(".")[2] not in ("o_proj", "lm_head"):
-                inputs += 2 * module.in_features
+        layer, leaf = chosen[siblings[0]], siblings[0].rpartition(".")[2]
+        if layer.scheme.activations is not None:
+            # Layers that see one input share its codes, unless each has a measured scale of its own or is an expert.
+            apart = layer.scheme.activations.stores_scale or layer.copies > 1
+            codes += (len(siblings) if apart else 1) * layer.uses * _code_bytes(layer)
+            if leaf not in ("o_proj", "lm_head"):
+                inputs += 2 * layer.in_features * (layer.uses if leaf == DOWN else 1)
     return codes, inputs
+
+
+def _code_bytes(layer: _Layer) -> int:
+    assert layer.scheme.activations is not None
+    return layer.in_features * layer.scheme.activations.code_dtype.itemsize
 
 
 def _gib(size: int) -> str:

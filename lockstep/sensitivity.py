@@ -1,14 +1,15 @@
 """Which layers bear which scheme: the loss that each costs on its own, and the cheapest assignment for a byte budget.
 
-Each unit (the layers that engines run as one, or a layer alone) is quantized by itself with each scheme, and the mean
-loss over real batches is compared with the unquantized model's. The assignment minimizes the sum of these increases
-under the budget: it takes them to add up, as HAWQ and its successors do (Dong et al., arXiv:1905.03696), which holds
-while each is small. Check the result with `lockstep align`, and train it.
+Each unit (the layers that engines run as one, all experts of a module, or a layer alone) is quantized by itself with
+each scheme, and the mean loss over real batches is compared with the unquantized model's. The assignment minimizes the
+sum of these increases under the budget: it takes them to add up, as HAWQ and its successors do (Dong et al.,
+arXiv:1905.03696), which holds while each is small. Check the result with `lockstep align`, and train it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.loading import as_served
-from lockstep.qat.prepare import as_text, prepare, quantized_modules, run_as_one, unprepare, unwrapped
+from lockstep.qat.experts import DOWN, layout_of
+from lockstep.qat.prepare import (
+    as_text,
+    prepare,
+    quantized_experts,
+    quantized_modules,
+    run_as_one,
+    unprepare,
+    unwrapped,
+)
 from lockstep.scheme import Rule, Scheme
 
 STEPS = 4096  # of the byte budget, in which the assignment counts
@@ -147,7 +157,7 @@ def sensitivity(
     schemes = (schemes,) if isinstance(schemes, str) else tuple(schemes)
     if not schemes:
         raise ValueError("schemes is empty: name the presets to try.")
-    if any(True for _ in quantized_modules(model)):
+    if any(True for _ in (*quantized_modules(model), *quantized_experts(model))):
         raise ValueError(f"this {type(model).__name__} is prepared: call lockstep.unprepare(model) first.")
     if not batches:
         raise ValueError("no batches: sensitivity is measured on real ones.")
@@ -157,7 +167,7 @@ def sensitivity(
             raise ValueError(f"{scheme} has measured input ranges: calibrate a model, sensitivity takes dynamic ones.")
     for scheme in schemes:  # all of them, before hours are measured
         prepare(model, scheme, targets, ignore)
-        names = [name for name, _ in quantized_modules(model)]
+        names = [name for name, _ in (*quantized_modules(model), *quantized_experts(model))]
         unprepare(model)
     with as_served(model, Scheme.of(schemes[0]).weights.served_dtype):
         start = _mean(model, batches, loss)
@@ -169,20 +179,32 @@ def _costs(
     model: nn.Module, layers: Sequence[str], schemes: Sequence[str], batches: Sequence[Any], loss: Loss, start: float
 ) -> list[Cost]:
     unit = " + ".join((layers[0], *(layer.rpartition(".")[2] for layer in layers[1:])))
-    weights = [model.get_parameter(f"{layer}.weight") for layer in layers]
+    shapes = [shape for layer in layers for shape in _shapes(model.get_submodule(layer))]
     served = Scheme.of(schemes[0]).weights.served_dtype
-    costs = [Cost(unit, tuple(layers), "-", 0.0, sum(w.numel() * served.itemsize for w in weights))]
+    costs = [Cost(unit, tuple(layers), "-", 0.0, sum(n * k * served.itemsize for n, k in shapes))]
     for scheme in schemes:
-        prepare(model, scheme, layers, ())
+        with warnings.catch_warnings():  # of all the others, which are meant to stay
+            warnings.filterwarnings("ignore", message=".* in modules that no rule names")
+            prepare(model, scheme, layers, ())
         try:
             increase = _mean(model, batches, loss) - start
         finally:
             unprepare(model)
         spec = Scheme.of(scheme).weights
         packed = spec.format == "int4" or (spec.format == "int8" and Scheme.of(scheme).activations is None)
-        size = sum(sum(spec.stored_bytes(w.shape[0], w.shape[1], packed)) for w in weights)
+        size = sum(sum(spec.stored_bytes(n, k, packed)) for n, k in shapes)
         costs.append(Cost(unit, tuple(layers), scheme, increase, size))
     return costs
+
+
+def _shapes(module: Any) -> list[tuple[int, int]]:
+    """N and K of each weight that is stored: of a linear layer, or of each projection of each expert."""
+    layout = layout_of(module)
+    if layout is None:
+        return [tuple(module.weight.shape)]
+    n, k = layout.shape(module, layout.first)
+    first = [(len(range(*cut.indices(n))), k) for part, cut in layout.parts(n).items() if part != DOWN]
+    return layout.count(module) * [*first, layout.shape(module, DOWN)]
 
 
 def _cheapest(units: Sequence[Sequence[Cost]], budget: int) -> list[Cost] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lockstep
 from lockstep import Scheme
@@ -38,6 +38,71 @@ def tiny_llama(dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config: Any
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms of one and biases of zero would survive any rounding
                 nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.1)
+    return model.eval()
+
+
+_EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4},
+    "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "num_experts": 4},
+    "deepseek_v3": {
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "gpt_oss": {"num_local_experts": 4, "max_position_embeddings": 131072},
+    "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1},
+    "olmoe": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    # Attention and experts: its layers of state space need none of what is tested here.
+    "nemotron_h": {
+        "layers_block_type": ["attention", "moe"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 96,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+def tiny_moe(kind: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config: Any) -> Any:
+    """A mixture of 4 experts in each of 2 layers, of the transformers model type `kind`, in eval mode.
+
+    ``nemotron_h``'s second layer has the experts, and so has ``deepseek_v3``'s; its first is dense.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **sizes | _EXPERTS[kind] | config), dtype=dtype
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_bias"):
+                nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.1)
+            elif "experts." in name or "router" in name or "gate.weight" in name:
+                nn.init.normal_(parameter, std=0.1)  # outputs and router weights that tell experts apart
     return model.eval()
 
 

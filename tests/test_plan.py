@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import prepared, tiny_llama, token_ids
+from models import prepared, tiny_llama, tiny_moe, token_ids
 from safetensors import safe_open
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     DynamicCache,
     Gemma3TextConfig,
@@ -239,18 +238,58 @@ def test_latent_attention_caches_the_latent():
         plan(config, "W4A16", "fp8", targets=["re:.*o_proj"])
 
 
-def test_experts_are_counted_as_they_are_and_said_so():
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3", "llama4_text", "nemotron_h"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "NVFP4A16"])
+def test_experts_take_the_bytes_of_their_export(kind, scheme):
+    if scheme == "W4A16":
+        scheme = Scheme.preset("W4A16", group_size=32)
+    model = tiny_moe(kind)
+    made = plan(model.config, scheme)
+    stored = dict(lockstep.export.stream(prepared(model, scheme)))
+    layers = {name.rpartition(".")[0] for name in stored if name.endswith(".weight_scale")}
+    parts = {layer: {n: t.nbytes for n, t in stored.items() if n.rpartition(".")[0] == layer} for layer in layers}
+    codes = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight_packed", "weight")}
+    scales = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight_scale", "weight_global_scale")}
+    assert sum("experts" in layer for layer in layers) >= 8
+    assert size(made, "codes") == sum(n for part in parts.values() for name, n in part.items() if name in codes)
+    assert size(made, "scales") == sum(n for part in parts.values() for name, n in part.items() if name in scales)
+    others = {n: t for n, t in stored.items() if n not in codes | scales and not n.endswith("weight_shape")}
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}  # which a plan does not count
+    counted = [tensor.nbytes for name, tensor in others.items() if name.rpartition(".")[2] not in buffers]
+    assert size(made, "other weights") == sum(counted)
+    assert not made.notes or "caches keys" in made.notes[0]
+
+
+def test_experts_by_hand():
     config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, head_dim=64)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
-    assert experts == 2 * 4 * 3 * 256 * 128
-    made = plan(config, "W4A16", ignore=["lm_head", "re:.*gate$"])
+    experts, attention = 2 * 4 * 3 * 256 * 128, 2 * (2 * 256 * 256 + 2 * 256 * 128)
+    made = plan(config, "W4A16")
+    assert size(made, "codes") == (experts + attention) // 2
+    (codes,) = lines(made, "codes")
+    assert codes.arithmetic.startswith(f"{2 * (4 * 3 + 4)} layers, {experts + attention:,} weights")
+    assert size(made, "scales") < (experts + attention) // 128 * 2 + 1
+    assert size(made, "other weights") == 2 * (2 * 512 * 256 + 5 * 256 + 2 * 2 * 64 + 2 * 4 * 256)  # and the routers
+    assert size(made, "activations") == 4096 * (2 * 256 + 3 * 2 * 128) * 2
+    assert made.notes == ()
+    # In its kernel's order an expert is fake-quantized after another, else the module's are together.
+    assert size(plan(config, "W8A8"), "a fake-quantized weight", use="train") == 256 * 256 * 2
+    groups = Scheme.preset("W4A16", group_size=32)
+    assert size(plan(config, groups), "a fake-quantized weight", use="train") == 4 * 3 * 256 * 128 * 2
+    # Inputs of q, k and v, and o; of each of two experts gate's and up's apart, and down's; their 16 bits are not kept.
+    made = plan(config, "W8A8", train_tokens=100)
+    before, after = (size(made, "saved activations", when, "train") for when in ("before", "after"))
+    codes_of_a_layer = 256 + 256 + 2 * (256 + 256 + 128)
+    assert after - before == 100 * 2 * (codes_of_a_layer - 2 * 256 - 2 * 256 - 2 * 2 * 128)
+
+
+def test_experts_that_stay_are_said_so():
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, head_dim=64)
+    experts = 2 * 4 * 3 * 256 * 128
+    made = plan(config, "W4A16", ignore=["lm_head", "re:.*experts$"])
     assert size(made, "other weights") > 2 * experts
     (note,) = made.notes
     assert note.startswith(f"{experts:,} parameters are in 4 weights of more than two dimensions (experts)")
     assert note in " ".join(str(made).split())
-    assert size(made, "activations") == 4096 * (2 * 256 + 3 * 2 * 128) * 2
 
 
 def test_several_gpus_share_matrices_and_heads():
@@ -322,7 +361,10 @@ def test_what_is_no_number_of_tokens_is_refused(text):
         ({"ignore": ["Linear"]}, "nothing to quantize"),
         ({"scheme": [Rule(["Linear"], None)]}, "quantizes nothing"),
         ({"model": "nowhere"}, "nowhere is not there"),
-        ({"model": llama(hidden_size=96)}, r"layers\.0\.self_attn\.q_proj: 96 input features do not divide into gr.*"),
+        (
+            {"model": llama(hidden_size=96)},
+            r"layers\.0\.self_attn\.q_proj, weight of .* 96 input features do not divide into gr.*",
+        ),
         ({"model": llama(quantization_config={"quant_method": "gptq"})}, "is quantized already"),
     ],
 )
@@ -332,7 +374,7 @@ def test_what_cannot_be_planned_says_why(arguments, message):
 
 
 def test_an_embedding_is_no_linear_layer():
-    with pytest.raises(TypeError, match="embed_tokens is a Embedding"):
+    with pytest.raises(TypeError, match=r"embed_tokens is a .*Embedding"):
         plan(llama(), "W4A16", targets=["Embedding"])
     with pytest.raises(ValueError, match=r"saved as \.json"):
         plan_command("anywhere", json="plan.txt")

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lockstep
-from lockstep.qat.prepare import quantized_modules
+from lockstep.qat.prepare import quantized_experts, quantized_modules
 from lockstep.sensitivity import Cost, SensitivityReport, sensitivity
-from tests.models import VOCAB, TinyMlp, tiny_llama
+from tests.models import VOCAB, TinyMlp, tiny_llama, tiny_moe
 
 
 def batches(count: int = 2) -> list[dict]:
@@ -81,6 +81,38 @@ def test_bytes_are_those_that_are_stored(tmp_path):
         if cost.scheme == "W4A16":
             words = [stored[f"{layer}.{part}"] for layer in cost.layers for part in ("weight_packed", "weight_scale")]
             assert cost.bytes == sum(tensor.numel() * tensor.element_size() for tensor in words)
+
+
+@pytest.mark.filterwarnings("error")
+def test_all_experts_of_a_module_are_one_unit():
+    """Measured together, in the bytes that they are stored in, and assigned by the module's name."""
+    model, data = tiny_moe("mixtral"), batches(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = sensitivity(model, data, ["MXFP4A16", "W8A8"])
+    units = {cost.unit: cost for cost in report.costs if cost.scheme == "MXFP4A16"}
+    modules = [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
+    assert {unit for unit in units if "experts" in unit} == {*modules}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    for name in modules:
+        lockstep.prepare(model, "MXFP4A16", [name], ["re:.*(proj|gate|lm_head|embed_tokens)$", *({*modules} - {name})])
+        with torch.no_grad():
+            expected = model(**data[0]).loss.double().item() - report.loss
+        own = model.get_submodule(name)
+        words = {key: tensor for key, tensor in lockstep.export.stream(model) if ".experts." in key}
+        stored = [tensor.nbytes for key, tensor in words.items() if key.endswith(("_packed", "_scale"))]
+        lockstep.unprepare(model)
+        assert units[name].increase == pytest.approx(expected, abs=1e-12)
+        assert len(stored) == 4 * 3 * 2
+        assert units[name].bytes == sum(stored)
+        (plain,) = [cost for cost in report.costs if (cost.unit, cost.scheme) == (name, "-")]
+        assert plain.bytes == 2 * sum(parameter.numel() for parameter in own.parameters())
+
+    recipe = report.assign(sum(cost.bytes for cost in units.values()))
+    lockstep.prepare(model, recipe)
+    assert [name for name, _ in quantized_experts(model)] == modules
+    with pytest.raises(ValueError, match="unprepare"):
+        sensitivity(model, data, ["MXFP4A16"])
 
 
 costs = st.lists(

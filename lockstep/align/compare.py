@@ -259,7 +259,7 @@ def _compare_config(
         problems["config.json, dtype"] = f"{dtype}, trained to be served in {dtype_name(served)}"
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         trained = model.config.to_dict()
-        found = type(model.config).from_dict(dict(stored.config)).to_dict()
+        found = type(model.config).from_json_file(stored.directory / "config.json").to_dict()
         found["model_type"] = stored.config.get("model_type")
         kinds = stored.config.get("architectures")
         if "lockstep" in stored.config["quantization_config"] and kinds != [type(model).__name__]:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lockstep.export.gather import fsdp_units, gathered
+from lockstep.export.gather import Unit, fsdp_units, gathered
 from lockstep.loading import load_scales, stored_scales
 from lockstep.qat import kv_cache, observers, statistics
 from lockstep.qat.experts import QATExperts, experts
@@ -20,14 +20,10 @@ from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
 def stores_scales(scheme: Scheme | Sequence[Rule], cache: KVCacheSpec | None) -> bool:
     """Whether a model prepared so has measured ranges, of a layer's inputs or of its KV cache."""
-    schemes = [Scheme.of(rule.scheme) for rule in rules_of(scheme) if rule.scheme is not None]
+    rules = [Rule((), scheme)] if isinstance(scheme, Scheme) else scheme
+    schemes = [Scheme.of(rule.scheme) for rule in rules if rule.scheme is not None]
     static_cache = cache is not None and not cache.dynamic
     return static_cache or any(one.activations is not None and one.activations.stores_scale for one in schemes)
-
-
-def rules_of(scheme: Scheme | Sequence[Rule]) -> Sequence[Rule]:
-    """A recipe's rules, or the one of a scheme."""
-    return [Rule((), scheme)] if isinstance(scheme, Scheme) else scheme
 
 
 def read_scales(model: nn.Module) -> str:
@@ -77,7 +73,7 @@ def prepared_modules(model: nn.Module) -> dict[str, QATLinear | QATExperts]:
 
 
 def layer_statistics(
-    model: nn.Module, earlier: Mapping[str, Tensor], compute: bool = True
+    model: nn.Module, earlier: Mapping[str, Tensor], compute: bool = True, units: Mapping[int, Unit] | None = None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """How well each quantized layer sits on its grid, and the codes to compare with the next time.
 
@@ -87,6 +83,7 @@ def layer_statistics(
         model: a prepared model, or its wrapper.
         earlier: the codes of the last time, by layer, or nothing.
         compute: False on ranks that only take part.
+        units: see `lockstep.export.gather.fsdp_units`; by default those within `model`.
 
     Returns:
         ``qat/sqnr_db/NAME``, ``qat/saturation/NAME`` and, where there are `earlier` codes, ``qat/code_flips/NAME``,
@@ -95,7 +92,7 @@ def layer_statistics(
     """
     found: dict[str, dict[str, list[float]]] = {}
     codes: dict[str, Tensor] = {}
-    units = fsdp_units(model)
+    units = fsdp_units(model) if units is None else units
     for name, module in prepared_modules(model).items():
         with gathered(getattr(module, "fused", ()) or (module,), units):
             if not compute:

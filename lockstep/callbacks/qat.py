@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,15 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lockstep.callbacks import common
 from lockstep.export.directory import ExportError, check_destination
+from lockstep.export.gather import fsdp_units, outermost_gathered, ranks_of
 from lockstep.export.legality import check_exportable
 from lockstep.export.save import save_pretrained
-from lockstep.loading import load_scales, stored_scales
-from lockstep.qat import kv_cache, observers, statistics
+from lockstep.qat import kv_cache, observers
 from lockstep.qat.kv_cache import prepare_kv_cache, spec_of, unprepare_kv_cache
-from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import ObserverName
-from lockstep.qat.prepare import PrepareReport, prepare, quantized_modules, unprepare, unwrapped
+from lockstep.qat.prepare import PrepareReport, prepare, unprepare, unwrapped
 from lockstep.qat.reuse import Reuse
 from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
@@ -48,9 +48,9 @@ class QATCallback(Callback):
         targets: class names, exact module names or ``re:`` regexes, as in compressed-tensors.
         ignore: what to leave out, in the same words.
         start_step: optimizer step from which ``fit`` trains quantized; before it, in full precision.
-        export_dir: where to write the checkpoint of the final weights when ``fit`` ends without an exception, on rank
-            zero. Checked before training starts. A ``tokenizer`` attribute of the LightningModule or of the datamodule
-            is saved along.
+        export_dir: where to write the checkpoint of the final weights when ``fit`` ends without an exception: by rank
+            zero, or by all ranks in turn if the model is sharded over them. Checked before training starts. A
+            ``tokenizer`` attribute of the LightningModule or of the datamodule is saved along.
         export_format: see `lockstep.export.save_pretrained`; by default each layer in the format of its own scheme.
         log_every_n_steps: 0 for never.
         overwrite: let the export replace an earlier one.
@@ -102,7 +102,7 @@ class QATCallback(Callback):
         self.observer: ObserverName = observer
         self._resumed: dict[str, dict[str, Tensor]] | None = None
         self._before_validation: dict[str, dict[str, Tensor]] = {}
-        if start_step and (learned_scales or calibration_steps or self._stores_scales()):
+        if start_step and (learned_scales or calibration_steps or common.stores_scales(self.scheme, self.kv_cache)):
             raise ValueError(
                 f"start_step={start_step} adds to the model what the optimizer and checkpoints must know from the "
                 "first step: leave it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured "
@@ -150,12 +150,12 @@ class QATCallback(Callback):
         self._calibrate(trainer, served_model(pl_module))
         self._before_validation = {
             name: {key: value.clone() for key, value in observer.state_dict().items()}
-            for name, observer in _observers(served_model(pl_module)).items()
+            for name, observer in common.observing(served_model(pl_module)).items()
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what observers saw of it: which validations a resumed run repeats must not show in its ranges."""
-        for name, observer in _observers(served_model(pl_module)).items():
+        for name, observer in common.observing(served_model(pl_module)).items():
             observer.load_state_dict(self._before_validation[name])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +176,8 @@ class QATCallback(Callback):
             return
         self._logged_step = step
         if self._quantized:
-            own = self._statistics(served_model(pl_module)) if trainer.is_global_zero else {}
+            model, units = served_model(pl_module), fsdp_units(trainer.strategy.model or pl_module)
+            own, self._logged_codes = common.layer_statistics(model, self._logged_codes, trainer.is_global_zero, units)
             metrics = trainer.strategy.broadcast(own)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             for logger in trainer.loggers:
@@ -184,7 +185,7 @@ class QATCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what the observers have seen so far, so that a resumed run measures what an unbroken one would."""
-        checkpoint["lockstep"] = {"observers": observers.states(_observers(served_model(pl_module)))}
+        checkpoint["lockstep"] = {"observers": observers.states(common.observing(served_model(pl_module)))}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the observers of the run that is resumed."""
@@ -199,64 +200,44 @@ class QATCallback(Callback):
                 f"nothing trained quantized: training ended at step {trainer.global_step}, with "
                 f"start_step={self.start_step}."
             )
-        if _observers(served_model(pl_module)):
+        if common.observing(served_model(pl_module)):
             raise ExportError(
                 f"the ranges of inputs, keys and values are still being measured: training ended at step "
                 f"{trainer.global_step}, with calibration_steps={self.calibration_steps}."
             )
-        if trainer.is_global_zero:
+        with outermost_gathered(trainer.strategy.model):
+            self._export(trainer, pl_module)
+        trainer.strategy.barrier("lockstep.export")
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On rank zero, or on all ranks if the model is sharded over them."""
+        assert self.export_dir is not None
+        model = served_model(pl_module)
+        if trainer.is_global_zero or ranks_of(model) is not None:
             tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            save_pretrained(
-                served_model(pl_module),
-                self.export_dir,
-                self.export_format,
-                tokenizer=tokenizer,
-                overwrite=self.overwrite,
-            )
+            save_pretrained(model, self.export_dir, self.export_format, tokenizer=tokenizer, overwrite=self.overwrite)
             as_what = f" as {self.export_format}" if self.export_format else ""
             rank_zero_info(f"exported to {self.export_dir}{as_what}, every layer checked bit for bit")
-        trainer.strategy.barrier("lockstep.export")
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = served_model(pl_module)
         self._rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-        first = not any(quantized_modules(model))
+        first = not common.prepared_modules(model)
         report = self._prepare(model)
         if first:
             rank_zero_info(str(report))
-            self._load_scales(model)
+            if not self.calibration_steps and (read := common.read_scales(model)):
+                rank_zero_info(read)
         # An interrupted fit may have left observers, with which layers do not quantize.
-        observers.unobserve(model)
-        kv_cache.unobserve(model)
+        common.unobserve(model)
         if trainer.state.fn == TrainerFn.FITTING:
             self._logged_codes, self._resumed = {}, None
             if self.calibration_steps:
-                self._observe(model)
+                common.observe(model, self.observer, self.calibration_steps)
             if self.export_dir is not None:
                 check_destination(self.export_dir, self.overwrite)
                 check_exportable(model, self.export_format)
         self._quantized = True
-
-    def _stores_scales(self) -> bool:
-        rules = self.scheme if isinstance(self.scheme, list) else [Rule(self.targets, self.scheme)]
-        inputs = [Scheme.of(rule.scheme).activations for rule in rules if rule.scheme is not None]
-        static_cache = self.kv_cache is not None and not self.kv_cache.dynamic
-        return static_cache or any(spec is not None and spec.stores_scale for spec in inputs)
-
-    def _load_scales(self, model: nn.Module) -> None:
-        folder = str(getattr(model, "name_or_path", ""))
-        if not self.calibration_steps and stored_scales(folder) and (keys := load_scales(model, folder)):
-            rank_zero_info(f"{len(keys)} scales read from {folder}, the first is {keys[0]}")
-
-    def _observe(self, model: nn.Module) -> None:
-        storing = [layer for _, layer in quantized_modules(model) if _stores_scale(layer)]
-        watched = observers.observe(model, self.observer) if storing else []
-        watched += kv_cache.observe(model, self.observer)
-        if not watched:
-            raise ValueError(
-                f"calibration_steps={self.calibration_steps}, but no layer's inputs and no KV cache have measured "
-                "ranges: leave it 0."
-            )
 
     def _restore_rotary(self, pl_module: LightningModule) -> None:
         """Engines compute rotary frequencies in fp32; Lightning's ``bf16-true`` rounds every buffer of the model."""
@@ -285,7 +266,7 @@ class QATCallback(Callback):
 
     def _calibrate(self, trainer: Trainer, model: nn.Module) -> None:
         """Measure ranges until `calibration_steps`, then freeze them; a run resumed later has them in its model."""
-        watching = _observers(model)
+        watching = common.observing(model)
         if trainer.state.fn != TrainerFn.FITTING or not watching:
             return
         resumed, self._resumed = self._resumed, None
@@ -294,40 +275,10 @@ class QATCallback(Callback):
         if trainer.global_step < self.calibration_steps:
             return
         if resumed is not None and not resumed:  # the checkpoint was written after they were frozen
-            observers.unobserve(model)
-            kv_cache.unobserve(model)
+            common.unobserve(model)
         else:
-            if any(layer.observer for _, layer in quantized_modules(model)):
-                observers.freeze(model)
-            kv_cache.freeze(model)
+            common.freeze(model)
             rank_zero_info(f"ranges of inputs, keys and values frozen at step {trainer.global_step}")
-
-    def _statistics(self, model: nn.Module) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, layer in quantized_modules(model):
-            spec = layer.scheme.weights
-            quantized = layer.quantize()
-            codes = quantized.codes.view(torch.int8).cpu()
-            metrics[f"qat/sqnr_db/{name}"] = statistics.sqnr_db(layer.weight, quantized, spec)
-            metrics[f"qat/saturation/{name}"] = statistics.saturation(quantized, spec)
-            if name in self._logged_codes:
-                metrics[f"qat/code_flips/{name}"] = statistics.code_flips(codes, self._logged_codes[name])
-            self._logged_codes[name] = codes
-        for kind in ("sqnr_db", "saturation", "code_flips"):
-            values = [value for name, value in metrics.items() if name.startswith(f"qat/{kind}/")]
-            if values:
-                metrics[f"qat/{kind}/mean"] = sum(values) / len(values)
-        return metrics
-
-
-def _stores_scale(layer: QATLinear) -> bool:
-    return layer.scheme.activations is not None and layer.scheme.activations.stores_scale
-
-
-def _observers(model: nn.Module) -> dict[str, observers.Observer]:
-    """All that measure now, by names that a resumed run has too."""
-    layers = {f"{name}.input": layer.observer for name, layer in quantized_modules(model) if layer.observer}
-    return cast("dict[str, observers.Observer]", layers) | kv_cache.observers_of(model)
 
 
 def served_model(pl_module: LightningModule) -> nn.Module:

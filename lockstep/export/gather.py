@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed._composable_state import _module_state_mapping  # the only way up
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lockstep.export.directory import ExportError
 from lockstep.qat.prepare import inner
 
 Value = TypeVar("Value")
-Units = Mapping[int, FullyShardedDataParallel]
+Unit = FullyShardedDataParallel | FSDPModule
 
 
 @contextmanager
@@ -46,39 +48,80 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def fsdp_units(model: nn.Module) -> dict[int, FullyShardedDataParallel]:
-    """The FSDP1 wrapper that gathers each module's parameters, by the module's ``id``."""
-    units: dict[int, FullyShardedDataParallel] = {}
-    for unit in FullyShardedDataParallel.fsdp_modules(model):  # outer ones first
-        units |= dict.fromkeys(map(id, unit.modules()), unit)
+def fsdp_units(model: nn.Module) -> dict[int, Unit]:
+    """What gathers each module's parameters for its forward, FSDP1's wrapper or FSDP2's module, by the module's id."""
+    # What is exported may be a part of what was sharded, which it does not know of.
+    parents = [one for one in list(_module_state_mapping) if any(part is model for part in one.modules())]
+    parents = sorted(parents, key=lambda parent: -len(list(parent.modules())))
+    units: dict[int, Unit] = {}
+    for unit in (*parents, *model.modules()):  # outer ones first
+        if isinstance(unit, FullyShardedDataParallel | FSDPModule):
+            units |= dict.fromkeys(map(id, cast(nn.Module, unit).modules()), unit)
     return units
 
 
 @contextmanager
-def gathered(modules: Iterable[nn.Module], units: Units | None = None) -> Iterator[None]:
-    """Within the block the parameters of `modules` themselves, not of their children, are whole on every rank.
+def gathered(modules: Iterable[nn.Module], units: Mapping[int, Unit] | None = None) -> Iterator[None]:
+    """Within the block the parameters of `modules` themselves, not of their children, are as their forward sees them.
 
-    Plain parameters stay what they are. What the block takes from FSDP1 parameters it must copy.
-    No forward may run in it.
+    That is whole on every rank, and in FSDP's ``param_dtype`` if it casts: the forward quantizes what was cast. Plain
+    parameters stay what they are. What the block takes from FSDP1 parameters it must copy. No forward may run in it.
 
     Args:
         modules: the same on all ranks.
         units: see `fsdp_units`.
     """
     modules = list({id(module): module for module in modules}.values())
-    own = [(module, name, one) for module in modules for name, one in module._parameters.items() if one is not None]
+    units = units or {}
+    around = {id(unit): unit for module in modules if (unit := units.get(id(module))) is not None}
     with ExitStack() as stack:
-        if partitioned := [one for _, _, one in own if hasattr(one, "ds_id") and not one.numel()]:
+        own = [one for module in modules for one in module._parameters.values() if one is not None]
+        if partitioned := [one for one in own if hasattr(one, "ds_id") and not one.numel()]:
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None))
-        around = {id(unit): unit for module in modules if (unit := (units or {}).get(id(module))) is not None}
         for unit in around.values():
-            stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
-        for module, name, one in own:
-            if isinstance(one, DTensor):
-                stack.callback(module._parameters.__setitem__, name, one)
-                module._parameters[name] = nn.Parameter(whole(one), requires_grad=one.requires_grad)
+            if isinstance(unit, FullyShardedDataParallel):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
+        for module in modules:
+            _set_as_in_forward(module, _param_dtype(units.get(id(module))), stack)
+        yield
+
+
+def _set_as_in_forward(module: nn.Module, dtype: torch.dtype | None, stack: ExitStack) -> None:
+    """Give `module` whole parameters in `dtype` until `stack` closes."""
+    for name, one in list(module._parameters.items()):
+        if one is None or not (isinstance(one, DTensor) or (dtype and one.is_floating_point() and one.dtype != dtype)):
+            continue
+        found = whole(one).detach()
+        if dtype and found.is_floating_point():
+            found = found.to(dtype)
+        stack.callback(module._parameters.__setitem__, name, one)
+        module._parameters[name] = nn.Parameter(found, requires_grad=one.requires_grad)
+
+
+def _param_dtype(unit: Unit | None) -> torch.dtype | None:
+    """What FSDP casts parameters to for the forward, if it does."""
+    if unit is None:
+        return None
+    if isinstance(unit, FullyShardedDataParallel):
+        return unit.mixed_precision.param_dtype
+    return unit._get_fsdp_state()._mp_policy.param_dtype  # there is no public way to ask
+
+
+@contextmanager
+def outermost_gathered(model: nn.Module | None) -> Iterator[None]:
+    """Within the block what `model`'s own FSDP1 wrapper holds, and no wrapper within it does, is as in the forward.
+
+    For what is exported from inside of that wrapper: Lightning wraps the LightningModule around the model.
+    """
+    with ExitStack() as stack:
+        if isinstance(model, FullyShardedDataParallel):
+            units = fsdp_units(model)
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False))
+            for module in model.modules():
+                if units.get(id(module)) is model:
+                    _set_as_in_forward(module, _param_dtype(model), stack)
         yield
 
 

@@ -65,6 +65,12 @@ class QATLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         dtype, scheme = compute_dtype(input), self.scheme
         check_dtype(self.qualified_name, dtype, scheme)
+        if isinstance(self.weight, DTensor):
+            raise ValueError(
+                f"{self.qualified_name}: its weight {list(self.weight.shape)} is sharded in the forward, "
+                f"{list(self.weight.to_local().shape)} here: a group might lie on two ranks ({scheme}). Shard with "
+                "fully_shard, which gathers it; tensor parallelism does not train quantized."
+            )
         x, bias = input.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if self.observer is not None:
             self.observer.update(input.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 import warnings
@@ -13,9 +14,11 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lockstep.qat import learned
-from lockstep.qat.experts import QATExperts, layout_of, qat_class
+from lockstep.qat.experts import QATExperts, layout_of, qat_class, shape_of
 from lockstep.qat.linear import QATLinear, SharedInput
 from lockstep.qat.reuse import Kept, Reuse
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
@@ -230,7 +233,7 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
 
 def quantized_experts(model: nn.Module) -> Iterator[tuple[str, QATExperts]]:
     """Names and modules of the mixtures of experts that `prepare` switched, in the model's order."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, QATExperts):
             yield name, module
 
@@ -318,17 +321,19 @@ def _choose(
             warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=3)
 
     reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
-    routers = _routers(model)
-    for target, name in ((target, name) for found in matched for target, names in found.items() for name in names):
-        if name in routers and target != name and not target.startswith("re:"):
-            reasons.setdefault(name, "a router, which engines keep as it is: quantized only by its own name or a regex")
+    routers, passed_over = _routers(model), set[str]()
     chosen: dict[str, Scheme] = {}
     for rule, found in zip(rules, matched, strict=True):
+        by_name = {one for target, names in found.items() for one in names if target == one or target.startswith("re:")}
         for name in (name for names in found.values() for name in names if name not in reasons | chosen):
-            if rule.scheme is None:
+            if name in routers - by_name:
+                passed_over.add(name)
+            elif rule.scheme is None:
                 reasons[name] = f"left as it is by the rule for {', '.join(rule.targets)}"
             else:
                 chosen[name] = Scheme.of(rule.scheme)
+    for name in passed_over - chosen.keys():
+        reasons.setdefault(name, "a router, which engines keep as it is: quantized only by its own name or a regex")
     if not chosen:
         all_targets = [target for rule in rules for target in rule.targets]
         raise ValueError(f"nothing to quantize: ignore={list(ignore)} covers all that targets={all_targets} match.")
@@ -359,6 +364,8 @@ def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> N
             "lockstep.qat.lora.requantize measures by how much, and does it if that is accepted; or load the model "
             "without quantization_config."
         )
+    if isinstance(module, FSDPModule):
+        raise TypeError(f"{name} is fully_shard-ed by itself: prepare first, or shard the block around it.")
     if type(module) not in (nn.Linear, QATLinear):
         raise TypeError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}: this version quantizes torch.nn.Linear "
@@ -419,6 +426,9 @@ def _check_options(
         raise ValueError(f"{name}: learned_scales needs symmetric integer weights with positive scales, not {scheme}.")
     if reuse is not None and (learned_scales or learned.KEY in module._parameters):
         raise ValueError(f"{name}: reuse={reuse!r} and learned_scales=True exclude each other: scales change too.")
+    sharded = isinstance(module.weight, DTensor) or hasattr(module.weight, "ds_id")
+    if learned_scales and sharded and learned.KEY not in module._parameters:
+        raise ValueError(f"{name}: learned scales are sharded with the weights: prepare before the model is sharded.")
     if learned_scales and module.weight.is_meta:
         raise ValueError(f"{name}: learned scales start from the weights, which are on the meta device.")
     if reuse is not None and (weights.format != "int4" or not weights.symmetric or scheme.activations):
@@ -508,7 +518,7 @@ def _rows(modules: dict[str, nn.Module], reasons: dict[str, str], targets: Seque
     for name, module in modules.items():
         own = list(module.parameters(recurse=False))
         shared = {owners[id(parameter)] for parameter in own if id(parameter) in owners}
-        parameters = sum(parameter.numel() for parameter in own if id(parameter) not in owners)
+        parameters = sum(math.prod(shape_of(parameter)) for parameter in own if id(parameter) not in owners)
         owners |= {id(parameter): name for parameter in own if id(parameter) not in owners}
         if isinstance(module, QATLinear | QATExperts):
             kind = "Linear" if isinstance(module, QATLinear) else module.plain_class.__name__
@@ -516,12 +526,12 @@ def _rows(modules: dict[str, nn.Module], reasons: dict[str, str], targets: Seque
         elif own:
             reason = reasons.get(name, f"not a target ({', '.join(targets)})")
             tied = f", tied to {', '.join(sorted(shared))}" if shared else ""
-            overlooked = name not in reasons and any(parameter.ndim >= 2 for parameter in own)
+            overlooked = name not in reasons and any(len(shape_of(parameter)) >= 2 for parameter in own)
             yield ModuleRow(name, type(module).__name__, parameters, None, reason + tied, overlooked)
 
 
 def _warn_of_overlooked(report: PrepareReport) -> None:
-    rows = [row for row in report.overlooked if row.kind not in ("Embedding", "Linear")]
+    rows = [row for row in report.overlooked if row.kind != "Linear" and not row.kind.endswith("Embedding")]
     if (share := report.share(rows)) > OVERLOOKED:
         warnings.warn(
             f"{share:.0%} of the parameters stay as they are in modules that no rule names, the first is "
