@@ -30,7 +30,7 @@ from lockstep.loading import as_served, load_model, token_batches
 from lockstep.qat import observers
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Histogram, Observer, ObserverName
-from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, unwrapped
+from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, show, unwrapped
 from lockstep.scheme import Scheme
 
 Batch = Tensor | Mapping[str, Any]
@@ -211,7 +211,6 @@ def calibrate_command(
         max_tokens: how many tokens in a batch.
         json: write the report as JSON there.
     """
-    from rich.console import Console
 
     from lockstep.qat.kv_cache import prepare_kv_cache
 
@@ -231,7 +230,7 @@ def calibrate_command(
     with replacing(out) as incomplete:
         report = calibrate(loaded, batches, observer, steps)
         _write(source, incomplete, {key: scale.cpu() for key, scale in _scales(loaded).items()})
-    Console().print(report)
+    show(report)
     print(f"written: {Path(out).absolute()}")
     if json:
         print(f"written: {report.save(json)}")

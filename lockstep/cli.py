@@ -84,11 +84,11 @@ def align(
         html: write the report as a page there.
         json: write the report as JSON there.
     """
-    from rich.console import Console
 
     import lockstep
     from lockstep.export import Checkpoint
     from lockstep.loading import LEARNED, load_model, load_scales, stored_scales, token_batches
+    from lockstep.qat.prepare import show
 
     for path, suffix in ((html, ".html"), (json, ".json")):
         if path and Path(path).suffix != suffix:
@@ -108,7 +108,7 @@ def align(
     (batch,) = token_batches(trained, tokenizer, text, max_tokens, size=max_tokens)
 
     report = lockstep.align.compare(trained, checkpoint, batch, kernel)
-    Console().print(report)
+    show(report)
     for path in (html, json):
         if path:
             print(f"written: {report.save(path)}")
@@ -133,10 +133,10 @@ def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:
         device: a torch device.
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from lockstep.kernels import KERNELS
+    from lockstep.qat.prepare import show
 
     asked = Scheme.of(scheme)
     table = Table("operator", "kernel", "serves", f"{asked} on {device}", "comes from")
@@ -144,7 +144,7 @@ def kernels(scheme: Scheme | str = "W4A16", device: str = "cpu") -> int:
         reason = kernel.unavailable(asked, torch.device(device))
         answer = f"no: {reason}" if reason else "yes"
         table.add_row(kernel.operator, kernel.name, kernel.serves, answer, kernel.origin() or "not installed")
-    Console().print(table)
+    show(table)
     return 0
 
 

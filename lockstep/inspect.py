@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from lockstep.export.masters import INDEX, Stored, stored_tensors
 from lockstep.export.parallel import Shard, Weight
 from lockstep.export.served import quantized_layers, stored_as
 from lockstep.kernels import KERNELS, engines
-from lockstep.qat.prepare import PrepareReport, as_text, prepare, run_as_one
+from lockstep.qat.prepare import PrepareReport, as_text, prepare, run_as_one, show
 from lockstep.scheme import Rule, Scheme, dtype_name
 
 _CODES = ("weight_packed", "qweight", "B", "weight")  # of the tensors of a quantized layer, those that hold its codes
@@ -160,10 +161,9 @@ def inspect_command(
         tp: over how many GPUs engines would cut each layer.
         ep: over how many groups of them the experts.
     """
-    from rich.console import Console
 
     found = inspect(model, scheme, targets, ignore, format, tp, ep)
-    Console().print(found)
+    show(found)
     return 1 if found.problems else 0
 
 
@@ -183,9 +183,7 @@ def _masters(
     if (folder / "model.safetensors").is_file() or (folder / INDEX).is_file():
         stored = stored_tensors(folder)
         warnings += _without_tokenizer(folder)
-    sizes: dict[str, int] = {}
-    for one in stored.values():
-        sizes[dtype_name(one.dtype)] = sizes.get(dtype_name(one.dtype), 0) + one.bytes
+    sizes = _by_dtype(stored.values())
     if scheme is None:
         if tp > 1 or ep > 1:
             raise ValueError(f"tp={tp}, ep={ep}: what is cut depends on the scheme, which {folder} does not declare.")
@@ -216,6 +214,14 @@ def _masters(
     return Inspection(str(folder), kind, {}, sizes, report, shards, _kernels(schemes), tuple(problems), tuple(warnings))
 
 
+def _by_dtype(stored: Iterable[Stored]) -> dict[str, int]:
+    """Bytes of the tensors of each dtype."""
+    sizes: Counter[str] = Counter()
+    for one in stored:
+        sizes[dtype_name(one.dtype)] += one.bytes
+    return dict(sizes)
+
+
 def _shards(weights: Mapping[str, Weight], model: Any, tp: int, ep: int) -> tuple[Shard, ...]:
     plan = getattr(model, "tp_plan", None) or {}
     text = model.config.get_text_config() if model is not None else None
@@ -238,11 +244,9 @@ def _quantized(folder: Path, config: Mapping[str, Any], tp: int, ep: int) -> Ins
     try:
         checkpoint = Checkpoint(folder)
     except CheckpointError as error:
-        dtypes: dict[str, int] = {}
-        for one in stored.values():
-            dtypes[dtype_name(one.dtype)] = dtypes.get(dtype_name(one.dtype), 0) + one.bytes
         kind = f"{named}, which this version does not read ({error})"
-        return Inspection(str(folder), kind, {}, dtypes, warnings=(*warnings, "only sizes are shown, by dtype"))
+        warnings.append("only sizes are shown, by dtype")
+        return Inspection(str(folder), kind, {}, _by_dtype(stored.values()), warnings=tuple(warnings))
 
     groups: dict[tuple[str, str], list[str]] = {}
     weights, sizes = {}, {"codes": 0, "scales, zero points and shapes": 0, "not quantized": 0}
@@ -388,7 +392,7 @@ def _patterns(names: Iterable[str]) -> dict[str, int]:
     """Names with their numbers as ``*``, and how many there are of each; a name alone as it is."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+        groups.setdefault(parallel.without_numbers(name), []).append(name)
     return {pattern if len(same) > 1 else same[0]: len(same) for pattern, same in groups.items()}
 
 

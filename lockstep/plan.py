@@ -46,7 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.qat.experts import DOWN, Expert, QATExperts, in_kernels_order
-from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, run_as_one
+from lockstep.qat.prepare import as_text, prepare, quantized_experts, quantized_modules, run_as_one, show
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
 
 # GiB that the driver reports, ECC on where the card has it on as delivered.
@@ -257,8 +257,6 @@ def plan_command(
     """
     import json as writer
 
-    from rich.console import Console
-
     if json and Path(json).suffix != ".json":
         raise ValueError(f"{json}: a plan is saved as .json.")
     made = plan(
@@ -274,7 +272,7 @@ def plan_command(
         master_dtype=DTYPES[masters],
         checkpointing=checkpointing,
     )
-    Console().print(made)
+    show(made)
     if json:
         Path(json).write_text(writer.dumps(made.json(), indent=2) + "\n", encoding="utf-8")
         print(f"written: {json}")
@@ -335,12 +333,12 @@ def _chosen(model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str], top_
         for name, layer in quantized_modules(model)
     }
     for name, module in quantized_experts(model):
-        chosen |= {f"{name}.{part}": _projection(module, part, top_k) for part in module.layout.parts(0)}
+        chosen |= {f"{name}.{part}": _projection(module, part, top_k) for part in module.layout.parts()}
     return chosen
 
 
 def _projection(module: QATExperts, part: str, top_k: int) -> _Layer:
-    one, copies = Expert(module, 0, part), module.layout.count(module)
+    one, copies = Expert(module, 0, part), module.layout.experts
     size = one.out_features * one.in_features
     together = sum(module.get_parameter(name).numel() for name in (module.layout.first, DOWN))
     at_once = size if in_kernels_order(module) else together

@@ -26,6 +26,7 @@ from lockstep.qat.prepare import (
     quantized_experts,
     quantized_modules,
     run_as_one,
+    show,
     unprepare,
     unwrapped,
 )
@@ -202,9 +203,9 @@ def _shapes(module: Any) -> list[tuple[int, int]]:
     layout = layout_of(module)
     if layout is None:
         return [tuple(module.weight.shape)]
-    n, k = layout.shape(module, layout.first)
-    first = [(len(range(*cut.indices(n))), k) for part, cut in layout.parts(n).items() if part != DOWN]
-    return layout.count(module) * [*first, layout.shape(module, DOWN)]
+    n, k = layout.shape(layout.first)
+    first = [(len(range(*cut.indices(n))), k) for part, cut in layout.parts().items() if part != DOWN]
+    return layout.experts * [*first, layout.shape(DOWN)]
 
 
 def _cheapest(units: Sequence[Sequence[Cost]], budget: int) -> list[Cost] | None:
@@ -277,7 +278,6 @@ def sensitivity_command(
         json: write the report as JSON there.
         plot: write its plot there, as .png or .svg.
     """
-    from rich.console import Console
 
     from lockstep.export.save import parse_bytes
     from lockstep.loading import load_model, token_batches
@@ -288,7 +288,7 @@ def sensitivity_command(
     trained, tokenizer = load_model(model, device)
     batches = [{**batch, "labels": batch["input_ids"]} for batch in token_batches(trained, tokenizer, text, max_tokens)]
     report = sensitivity(trained, batches, schemes, targets, ignore)
-    Console().print(report)
+    show(report)
     for path in filter(None, (json, plot)):
         print(f"written: {report.save(path)}")
     if limit is not None:

@@ -566,3 +566,14 @@ def test_truncated_files_and_folders_of_something_else(tmp_path):
     (tmp_path / "last.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="cannot read"):
         convert(tmp_path / "last.ckpt", tmp_path / "out", config_from=source, workers=1)
+
+
+def test_a_cache_that_is_not_measured_is_refused(tmp_path):
+    """A prepared model stores NaN until it is calibrated; and of a model that never was prepared there is nothing."""
+    model = tiny_llama()
+    plain = saved(tmp_path / "plain", model)
+    lockstep.prepare(model, "W4A16")
+    prepare_kv_cache(model, "fp8")
+    for source in (plain, saved(tmp_path / "source", model)):
+        with pytest.raises(ExportError, match=r"self_attn: the range of its keys and values is not measured"):
+            convert(source, tmp_path / "out", "W4A16", kv_cache="fp8", workers=1)

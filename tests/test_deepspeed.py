@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import ranks
 import torch
 import torch.distributed as dist
 from models import TinyMlp, prepared
-from test_distributed import assert_same, folder, llama, loss_of
+from test_distributed import OF_EXPERTS, assert_same, folder, llama, loss_of, mixture
 from torch import nn
 
 import lockstep
+from lockstep import Scheme
 from lockstep.export import save_pretrained, stream
 
 pytest.importorskip("deepspeed")
@@ -46,11 +49,11 @@ def step(engine: Any, seed: int) -> float:
     return loss.item()
 
 
-def copy_of(engine: Any, scheme: str) -> Any:
+def copy_of(engine: Any, scheme: str | Scheme, make: Callable[[], Any] = llama) -> Any:
     """A whole model in this process, with the weights that the engine has partitioned over the ranks."""
     import deepspeed
 
-    model = llama()
+    model = make()
     for (_, mine), (_, theirs) in zip(model.named_parameters(), engine.module.named_parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([theirs]), torch.no_grad():
             mine.copy_(theirs)
@@ -81,14 +84,19 @@ def same_as_alone(stage: int, out: str) -> None:
     """In a rank: the first loss and gradients, the masters' export, and that training goes on after it."""
     import deepspeed
 
-    for scheme in ("W4A16", "W8A8", "NVFP4A16"):
-        alone = prepared(llama(), scheme)
+    of_layers, of_experts = (
+        itertools.product([llama], ("W4A16", "W8A8", "NVFP4A16")),
+        [(mixture, OF_EXPERTS[stage % 2])],
+    )
+    for number, (make, scheme) in enumerate((*of_layers, *of_experts)):
+        alone = prepared(make(), scheme)
         # Each rank has a batch of its own; one process sees both.
         losses = [loss_of(alone, rank) for rank in range(2)]
         (sum(losses) / 2).backward()
-        engine = start(prepared(llama(), scheme), stage)
-        up = engine.module.model.layers[0].mlp.up_proj
-        assert (up.weight.numel() == 0) == (stage == 3), "nothing is partitioned"
+        engine = start(prepared(make(), scheme), stage)
+        mlp = engine.module.model.layers[0].mlp
+        weight = mlp.up_proj.weight if make is llama else mlp.experts.gate_up_proj
+        assert (weight.numel() == 0) == (stage == 3), "nothing is partitioned"
         loss = loss_of(engine, dist.get_rank())
         assert torch.equal(loss, losses[dist.get_rank()]), scheme
         engine.backward(loss)
@@ -98,16 +106,16 @@ def same_as_alone(stage: int, out: str) -> None:
             assert error <= (NOISE if stage == 3 else 0), (scheme, name, error)
         engine.step()
         step(engine, 7)
-        expected = dict(stream(copy_of(engine, scheme)))
+        expected = dict(stream(copy_of(engine, scheme, make)))
         assert_same(dict(stream(engine)), expected)
         if stage == 3:
-            save_pretrained(engine, f"{out}/{scheme}")
-            assert up.weight.numel() == 0, "the export left a weight gathered"
+            save_pretrained(engine, f"{out}/{number}")
+            assert weight.numel() == 0, "the export left a weight gathered"
         elif dist.get_rank() == 0:
-            save_pretrained(engine, f"{out}/{scheme}")
+            save_pretrained(engine, f"{out}/{number}")
         dist.barrier()
         if dist.get_rank() == 0:
-            assert_same(folder(Path(out) / scheme), dict(sorted(expected.items())))
+            assert_same(folder(Path(out) / str(number)), dict(sorted(expected.items())))
         step(engine, 8)
 
 

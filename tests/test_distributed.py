@@ -23,16 +23,23 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 import lockstep
+from lockstep import Scheme
 from lockstep.export import ExportError, save_pretrained, stream
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "vocab_size": 64}
 SCHEMES = ("W4A16", "W8A8", "FP8_BLOCK", "NVFP4A16")
+OF_EXPERTS = (Scheme.preset("W4A16", group_size=32), "W8A8")  # in transformers' implementation, and expert by expert
 
 
 def llama(dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     return models.tiny_llama(dtype, **SIZES | sizes).train()
+
+
+def mixture() -> Any:
+    return models.tiny_moe("qwen3_moe", torch.float32, moe_intermediate_size=64).train()
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
@@ -48,7 +55,7 @@ def fsdp2(model: Any, **options: Any) -> Any:
 
 
 def fsdp1(model: Any, **options: Any) -> FullyShardedDataParallel:
-    wrap = torch.distributed.fsdp.wrap.ModuleWrapPolicy({LlamaDecoderLayer})
+    wrap = torch.distributed.fsdp.wrap.ModuleWrapPolicy({LlamaDecoderLayer, Qwen3MoeDecoderLayer})
     cpu = torch.device("cpu")
     return FullyShardedDataParallel(model, auto_wrap_policy=wrap, use_orig_params=True, device_id=cpu, **options)
 
@@ -94,9 +101,10 @@ def folder(path: Path) -> dict[str, Tensor]:
 
 def same_as_alone(how: str, out: str) -> None:
     """In a rank: two steps of a sharded model are those of a whole one, and so is what is exported of it."""
-    for number, scheme in enumerate(SCHEMES):
-        alone, model = prepared(llama(), scheme), llama()
-        match how:
+    make, schemes = (mixture, OF_EXPERTS) if how.startswith("experts") else (llama, SCHEMES)
+    for number, scheme in enumerate(schemes):
+        alone, model = prepared(make(), scheme), make()
+        match how.removeprefix("experts, "):
             case "fsdp2, prepared first":
                 model = fsdp2(prepared(model, scheme))
             case "fsdp2, sharded first":
@@ -120,13 +128,13 @@ def same_as_alone(how: str, out: str) -> None:
         expected = dict(stream(alone))
         before = [(name, type(one), one.shape) for name, one in model.named_parameters()]
         assert_same(dict(stream(model)), expected)
-        save_pretrained(model, f"{out}/{scheme}", max_shard_size=("5GB", "100KB")[number % 2])
+        save_pretrained(model, f"{out}/{number}", max_shard_size=("5GB", "100KB")[number % 2])
         if dist.get_rank() == 0:
-            assert_same(folder(Path(out) / scheme), dict(sorted(expected.items())))
+            assert_same(folder(Path(out) / str(number)), dict(sorted(expected.items())))
             save_pretrained(alone, f"{out}/alone")
-            configs = [json.loads(Path(out, name, "config.json").read_text()) for name in (scheme, "alone")]
+            configs = [json.loads(Path(out, name, "config.json").read_text()) for name in (str(number), "alone")]
             assert configs[0] == configs[1]
-            lockstep.export.Checkpoint(f"{out}/{scheme}")
+            lockstep.export.Checkpoint(f"{out}/{number}")
             for file in Path(out, "alone").iterdir():
                 file.unlink()
         dist.barrier()
@@ -144,6 +152,9 @@ def same_as_alone(how: str, out: str) -> None:
         "fsdp1, prepared first",
         "fsdp1, wrapped first",
         "fsdp1 around checkpointing",
+        "experts, fsdp2, prepared first",
+        "experts, fsdp2 around checkpointing, sharded first",
+        "experts, fsdp1, prepared first",
     ],
 )
 def test_sharded_training_and_export_are_those_of_one_process(tmp_path, how):

@@ -329,3 +329,20 @@ def test_every_observer_and_cache_stands_in_its_table():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert all(f": {page.name}" in navigation for page in PAGES if page.parent.name == "docs")
+
+
+def test_every_test_that_the_table_names_is_there():
+    """A yes in docs/support.md is a test, and a renamed test is no yes."""
+    page = (ROOT / "docs" / "support.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 40
+    missing = [
+        (file, name)
+        for file, name in named
+        if not re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M)
+    ]
+    assert not missing
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[-1] != "tested by" and set(cells[0]) != {"-"}:
+            assert "::test_" in cells[-1], line

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -845,7 +845,13 @@ def test_validation_works_before_there_are_ranges_and_changes_none():
 
 def test_a_fit_that_ends_within_its_calibration_is_not_exported(tmp_path):
     """Its inputs have never been quantized, and there is no scale to write."""
-    run, module = trainer(static(4, export_dir=str(tmp_path / "out")), steps=3), Regression()
+    early = trainer(static(4, export_dir=str(tmp_path / "out")), steps=3)
+    with pytest.raises(ExportError, match=r"training ends at step 3, within calibration_steps=4"):
+        early.fit(Regression(), loader())
+    assert early.global_step == 0, "it was known before the first step"
+    run, module = trainer(static(4, export_dir=str(tmp_path / "out")), steps=9), Regression()
+    stop = lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 3)  # noqa: E731
+    run.callbacks.append(LambdaCallback(on_train_batch_end=stop))
     with pytest.raises(ExportError, match=r"still being measured: training ended at step 3\b.*calibration_steps=4"):
         run.fit(module, loader())
     assert not list(tmp_path.iterdir())

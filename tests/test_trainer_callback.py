@@ -438,9 +438,19 @@ def test_evaluations_leave_no_trace_in_measured_ranges(tmp_path):
     assert same(state(run), state(trained(tmp_path, measured(observer="percentile"), steps=4)))
 
 
+class StopsAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
 def test_a_run_that_ends_within_its_calibration_is_not_exported(tmp_path):
-    with pytest.raises(ExportError, match=r"still being measured: training ended at step 2\b.*calibration_steps=3"):
+    with pytest.raises(ExportError, match=r"training ends at step 2, within calibration_steps=3"):
         trained(tmp_path, measured(export_dir=str(tmp_path / "out")), steps=2)
+    with pytest.raises(ExportError, match=r"still being measured: training ended at step 2\b.*calibration_steps=3"):
+        trained(tmp_path, measured(export_dir=str(tmp_path / "out")), StopsAt(2), steps=9)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lockstep.export.directory import ExportError
 from lockstep.export.gather import Unit, fsdp_units, gathered
 from lockstep.loading import load_scales, stored_scales
 from lockstep.qat import kv_cache, observers, statistics
@@ -45,6 +46,15 @@ def observe(model: nn.Module, observer: ObserverName, calibration_steps: int) ->
         raise ValueError(
             f"calibration_steps={calibration_steps}, but no layer's inputs and no KV cache have measured ranges: "
             "leave it 0."
+        )
+
+
+def check_steps(calibration_steps: int, max_steps: int, export_dir: str | None) -> None:
+    """ExportError for a run of at most `max_steps` optimizer steps (negative: unknown) that ends before its ranges."""
+    if export_dir is not None and 0 <= max_steps < calibration_steps:
+        raise ExportError(
+            f"nothing could be exported: training ends at step {max_steps}, within calibration_steps="
+            f"{calibration_steps}."
         )
 
 

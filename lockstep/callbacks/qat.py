@@ -234,6 +234,7 @@ class QATCallback(Callback):
             self._logged_codes, self._resumed = {}, None
             if self.calibration_steps:
                 common.observe(model, self.observer, self.calibration_steps)
+            common.check_steps(self.calibration_steps, trainer.max_steps, self.export_dir)
             if self.export_dir is not None:
                 check_destination(self.export_dir, self.overwrite)
                 check_exportable(model, self.export_format)

@@ -144,6 +144,7 @@ class QATTrainerCallback(TrainerCallback):
             )
         _check_trained(model, kwargs["optimizer"])
         kv_cache_spec(model)  # refuses attention that was switched since
+        common.check_steps(self.calibration_steps, state.max_steps, self.export_dir)
         if self.export_dir is not None:
             _check_apart(self.export_dir, args.output_dir)
             check_destination(self.export_dir, self.overwrite)

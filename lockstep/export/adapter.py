@@ -5,25 +5,29 @@ What is served is the folder of the base, as it is, and the adapter that peft sa
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lockstep.export import formats
+from lockstep.export import formats, hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.directory import ExportError, replacing
-from lockstep.export.groups import Group
 from lockstep.export.legality import check_exportable, check_measured
-from lockstep.export.save import _Shards, _write_index, checked, parse_bytes
-from lockstep.export.served import kv_cache_scheme, quantized_layers, served_state, served_tensor, stored_as
+from lockstep.export.save import Shards, checked, parse_bytes, quantization_entry, write_folder
+from lockstep.export.served import (
+    kv_cache_scheme,
+    quantized_layers,
+    served_state,
+    served_tensor,
+    stored_as,
+    unquantized_layers,
+)
 from lockstep.qat.frozen import FrozenLinear
 from lockstep.qat.prepare import quantized_experts, unwrapped
-from lockstep.scheme import Scheme, dtype_name
+from lockstep.scheme import Scheme
 
 
 def freeze(model: nn.Module, format: str | None = None) -> nn.Module:
@@ -140,19 +144,22 @@ def save_frozen(
         raise ExportError(f"{wrapped[0]} has an adapter around it: save it with peft, and the base without adapters.")
     limit = parse_bytes(max_shard_size, "max_shard_size")
     with replacing(directory, overwrite) as incomplete:
-        shards = _Shards(incomplete, limit, "shard-0")
-        for name, tensor in _tensors(model):
+        shards = Shards(incomplete, limit, "shard")
+        for name, tensor in _tensors(model, layers):
             shards.add(name, tensor)
-        _write_index(incomplete, shards.written())
-        _write_config(model, layers, incomplete)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(incomplete)
+        served = next(iter(layers.values())).scheme.weights.served_dtype
+        write_folder(model, incomplete, shards.written(), _quantization_config(model, layers), served, tokenizer)
     return Path(directory).absolute()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return ((key, tensor) for key, tensor in model.state_dict().items() if key not in tied)
+def _tensors(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> Iterator[tuple[str, Tensor]]:
+    """What is stored, by the names that engines know."""
+    for key, tensor in served_state(model).items():
+        owner, _, leaf = key.rpartition(".")
+        if owner in layers:
+            yield f"{hub.layer_name(model, owner)}.{leaf}", tensor
+        else:
+            yield from hub.stored_tensors(model, key, tensor).items()
 
 
 def _frozen(
@@ -199,21 +206,8 @@ def _from_config(directory: str | Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _write_config(model: Any, layers: dict[str, FrozenLinear], directory: Path) -> None:
-    groups: dict[tuple[str, Scheme], list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault((layer.format, layer.scheme), []).append(name)
-    ignored = [name for name, one in model.named_modules(remove_duplicate=False) if isinstance(one, nn.Linear)]
-    cache = kv_cache_scheme(model, {name: layer.format for name, layer in layers.items()})
-    writer = formats.find(next(iter(groups))[0])
-    quantization = writer.config([Group(*key, tuple(names)) for key, names in groups.items()], ignored, cache)
-    served = dtype_name(next(iter(layers.values())).scheme.weights.served_dtype)
-    if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-        config: Any = copy.deepcopy(model.config)
-        config.dtype, config.architectures, config.quantization_config = served, [type(model).__name__], quantization
-        config.save_pretrained(directory)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(directory)
-    else:
-        content = {"dtype": served, "quantization_config": quantization}
-        (directory / "config.json").write_text(json.dumps(content, indent=2))
+def _quantization_config(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> dict[str, Any]:
+    named = {hub.layer_name(model, name): layer for name, layer in layers.items()}
+    by_layer = {name: layer.format for name, layer in named.items()}
+    schemes = {name: layer.scheme for name, layer in named.items()}
+    return quantization_entry(by_layer, schemes, unquantized_layers(model), kv_cache_scheme(model, by_layer))

@@ -24,10 +24,12 @@ import re
 import shutil
 import signal
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,15 +41,23 @@ from lockstep import grid
 from lockstep.export import formats, hub
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import EXPORTED, ExportError, check_destination, replacing
-from lockstep.export.legality import check_exportable
-from lockstep.export.masters import INDEX, TYPES, Part, Span, Stored, stored_tensors
-from lockstep.export.save import _check_finite, _write_config, checked, parse_bytes, quantization_config
-from lockstep.export.served import Layer, quantized_keys, quantized_layers, served_state, served_tensor, stored_as
+from lockstep.export.legality import check_exportable, check_measured
+from lockstep.export.masters import TYPES, Part, Stored, release, stored_tensors
+from lockstep.export.save import check_finite, checked, file_names, parse_bytes, quantization_config, write_folder
+from lockstep.export.served import (
+    Layer,
+    prepared_cache,
+    quantized_keys,
+    quantized_layers,
+    served_state,
+    served_tensor,
+    stored_as,
+)
 from lockstep.grid import Quantized
 from lockstep.qat import learned
 from lockstep.qat.experts import Expert
 from lockstep.qat.linear import QATLinear
-from lockstep.qat.prepare import PrepareReport, prepare, run_as_one
+from lockstep.qat.prepare import PrepareReport, prepare, show
 from lockstep.scheme import BLOCK, Rule, Scheme, dtype_name
 
 CHUNK = 2**21  # weights quantized at a time: the temporaries of more fall out of a core's cache
@@ -156,14 +166,17 @@ def convert(
             raise
         except OSError as error:
             raise OSError(f"{error}. What is done stands in {partial}: the same command goes on from there") from error
+        finally:
+            release()
         _copy_small_files(described, incomplete)
-        _write_config(model, incomplete, format)
-        _write_index(incomplete, shards)
+        files = [(name, [one.name for one in held], sum(one.bytes for one in held)) for name, held in shards.items()]
+        served = next(iter(quantized_layers(model).values())).scheme.weights.served_dtype
+        write_folder(model, incomplete, files, quantization_config(model, format), served)
         for name in shards:  # last, since what stands in `incomplete` does not survive a kill
             (partial / name).rename(incomplete / name)
         shutil.rmtree(partial)
     read = sum(piece.source.bytes for piece in pieces)
-    written = sum(place.bytes for shard in shards.values() for place in shard)
+    written = sum(size for _, _, size in files)
     return Conversion(target, report, read, written, kept, tuple(left_out))
 
 
@@ -196,11 +209,10 @@ def export_command(
         workers: how many processes, each of some 0.5 GiB; default: 2, or 1 if there is but one core.
         overwrite: replace an earlier export.
     """
-    from rich.console import Console
 
     how = {"config_from": config_from, "kv_cache": kv_cache, "max_shard_size": max_shard_size, "workers": workers}
     done = convert(model, out, scheme, targets, ignore, format, overwrite=overwrite, **how)  # type: ignore[arg-type]
-    Console().print(done.report)
+    show(done.report)
     if done.left_out:
         print(f"left out, the model has no place for them: {len(done.left_out)} tensors, {done.left_out[0]} for one")
     if done.kept:
@@ -338,22 +350,22 @@ def _named_as(wants: Sequence[Want], stored: Mapping[str, Stored]) -> tuple[dict
     ExportError if no prefix leads to most of the model.
     """
     known = {name for want in wants for name in (want.name, want.key)}
-    counts: dict[str, int] = {}
-    for name in stored:
-        parts = name.split(".")
-        for cut in range(len(parts)):
-            if ".".join(parts[cut:]) in known:
-                prefix = "".join(f"{part}." for part in parts[:cut])
-                counts[prefix] = counts.get(prefix, 0) + 1
-                break
-    prefix = max(counts, key=lambda one: counts[one], default="")
-    if 2 * counts.get(prefix, 0) < len({want.key for want in wants}):
+    counts = Counter(prefix for name in stored if (prefix := _prefix(name, known)) is not None)
+    ((prefix, count),) = counts.most_common(1) or [("", 0)]
+    if 2 * count < len({want.key for want in wants}):
         raise ExportError(
-            f"of the {len(wants)} tensors of the model, {wants[0].name} for one, only {counts.get(prefix, 0)} are "
-            f"stored; found are names such as {', '.join(list(stored)[:3])}: is this the config of another model?"
+            f"of the {len(wants)} tensors of the model, {wants[0].name} for one, only {count} are stored; "
+            f"found are names such as {', '.join(list(stored)[:3])}: is this the config of another model?"
         )
     inside = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
     return inside, tuple(name for name in stored if not name.startswith(prefix))
+
+
+def _prefix(name: str, known: set[str]) -> str | None:
+    """What stands before the longest of the `known` names that `name` ends with, if it ends with one."""
+    parts = name.split(".")
+    cuts = (cut for cut in range(len(parts)) if ".".join(parts[cut:]) in known)
+    return next(("".join(f"{part}." for part in parts[:cut]) for cut in cuts), None)
 
 
 def _pieces(
@@ -374,7 +386,7 @@ def _pieces(
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     _check_tied(tied, stored)
     partner = {source: target for target, source in tied.items()}
-    input_scales = _input_scales(layers, stored)
+    _fill_in_scales(model, layers, wants, stored)
     pieces, used = [], set(tied)
     for want in wants:
         names = (want.name, partner.get(want.key, want.name), want.key)
@@ -399,7 +411,8 @@ def _pieces(
         learnt = next((stored[one] for one in beside if one in stored), None)
         _check_learned(owner, scheme, found.shape, learnt)
         writes = _layout(owner, scheme, by_layer[owner], found.shape)
-        how = (scheme, by_layer[owner], _shares(want.layer), learnt, input_scales.get(owner))
+        measured = want.layer.stored_scale()
+        how = (scheme, by_layer[owner], _shares(want.layer), learnt, None if measured is None else measured.item())
         pieces.append(Piece(want.name, found, held, held, True, writes, *how))
     left_out = [name for name in stored if name not in used]
     # What transformers leaves out too, and the frequencies that checkpoints of long ago hold.
@@ -418,11 +431,11 @@ def _part(want: Want, stored: Stored) -> Stored:
     """What of the stored state-dict entry a wanted tensor is: all of it, or rows of an expert's matrix."""
     if isinstance(want.layer, Expert):
         layout = want.layer.module.layout
-        n, _ = layout.shape(want.layer.module, want.layer.parameter)
-        return Part(stored, want.layer.number, layout.parts(n)[want.layer.part], layout.transposed, want.shape)
+        cut = layout.parts()[want.layer.part]
+        return Part(stored.path, stored.dtype, want.shape, stored, want.layer.number, cut, layout.transposed)
     if want.where:
         number, rows = want.where
-        return Part(stored, number, rows, False, want.shape)  # type: ignore[arg-type]
+        return Part(stored.path, stored.dtype, want.shape, stored, number, rows, False)  # type: ignore[arg-type]
     return stored
 
 
@@ -457,28 +470,31 @@ def _check_tied(tied: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
             )
 
 
-def _input_scales(layers: Mapping[str, Layer], stored: Mapping[str, Stored]) -> dict[str, float]:
-    """The measured scale of each layer whose scheme has one."""
-    scales: dict[str, float] = {}
+def _fill_in_scales(
+    model: nn.Module, layers: Mapping[str, Layer], wants: Sequence[Want], stored: Mapping[str, Stored]
+) -> None:
+    """Give the skeleton the measured scales that are stored, of inputs, keys and values. ExportError for odd ones."""
+    places: list[tuple[Any, str, tuple[str, str], str]] = []
     for name, layer in layers.items():
         inputs = layer.scheme.activations
-        if inputs is None or not inputs.stores_scale:
-            continue
-        key = f"{name if f'{name}.{inputs.scale_name}' in stored else layer.qualified_name}.{inputs.scale_name}"
-        if (found := stored.get(key)) is None:
-            raise ExportError(f"{name}: the range of its inputs is not measured ({key}): run `lockstep calibrate`.")
-        scale = found.rows(0, 1)
-        if (found.shape, found.dtype) != ((1,), torch.float32) or not bool((scale > 0) & scale.isfinite()):
-            raise ExportError(f"{key} is not one positive float32: {dtype_name(found.dtype)} {list(found.shape)}.")
-        scales[name] = scale.item()
-    for first, *others in run_as_one(scales):
-        for name in others:
-            if scales[name] != scales[first]:
-                raise ExportError(
-                    f"{name} has input scale {scales[name]:g} and {first} {scales[first]:g}, but engines run them as "
-                    "one layer: calibrate them together."
-                )
-    return scales
+        if inputs is not None and inputs.stores_scale:
+            names = (f"{name}.{inputs.scale_name}", f"{layer.qualified_name}.{inputs.scale_name}")
+            places.append((layer, inputs.scale_name, names, "inputs"))
+    for want in wants:
+        owner, _, leaf = want.key.rpartition(".")
+        if leaf in ("k_scale", "v_scale") and prepared_cache(module := model.get_submodule(owner)):
+            places.append((module, leaf, (want.name, want.key), "keys and values"))
+    for module, leaf, names, what in places:
+        found = next((stored[one] for one in names if one in stored), None)
+        if found is None:
+            raise ExportError(
+                f"{names[0].rpartition('.')[0]}: the range of its {what} is not measured ({names[0]} is not stored): "
+                "run `lockstep calibrate`."
+            )
+        if (found.shape, found.dtype) != ((1,), torch.float32):
+            raise ExportError(f"{names[0]} is not one float32: {dtype_name(found.dtype)} {list(found.shape)}.")
+        module._buffers[leaf] = found.rows(0, 1)
+    check_measured(model)
 
 
 def _check_learned(name: str, scheme: Scheme, shape: tuple[int, ...], learnt: Stored | None) -> None:
@@ -500,17 +516,12 @@ def _layout(name: str, scheme: Scheme, format: str, shape: tuple[int, ...]) -> t
     n, k = shape
     if not _by_rows(format):
         stored = _stored_of(scheme, format, n, k, "meta")
-        return tuple(Place(f"{name}.{leaf}", dtype, found) for leaf, dtype, found in stored)
-    blocks, rest = divmod(n, BLOCK)
-    whole = _stored_of(scheme, format, BLOCK if blocks else rest, k)
-    last = {leaf: found for leaf, _, found in _stored_of(scheme, format, rest, k)} if rest else {}
-    places = []
-    for leaf, dtype, found in whole:
-        if len(found) == 2:
-            rows = blocks * found[0] + last.get(leaf, (0,))[0] if blocks else found[0]
-            found = (rows, *found[1:])
-        places.append(Place(f"{name}.{leaf}", dtype, found))
-    return tuple(places)
+    else:  # as many rows as N has, or words or blocks of them
+        stored = [
+            (leaf, dtype, (-(-n * found[0] // BLOCK), found[1]) if len(found) == 2 else found)
+            for leaf, dtype, found in _stored_of(scheme, format, BLOCK, k)
+        ]
+    return tuple(Place(f"{name}.{leaf}", dtype, found) for leaf, dtype, found in stored)
 
 
 def _by_rows(format: str) -> bool:
@@ -545,30 +556,21 @@ def _shards(pieces: Sequence[Piece], limit: int) -> dict[str, list[Place]]:
             filled = 0
         groups[-1].append(place)
         filled += place.bytes
-    shards: dict[str, list[Place]] = {}
-    for number, group in enumerate(groups):
-        several = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        name = "model.safetensors" if len(groups) == 1 else several
-        offset, shards[name] = 0, []
-        for place in sorted(group, key=lambda place: -place.dtype.itemsize):
-            shards[name].append(Place(place.name, place.dtype, place.shape, name, offset))
-            offset += place.bytes
-        header = len(_header(shards[name]))
-        shards[name] = [Place(one.name, one.dtype, one.shape, name, one.offset + header) for one in shards[name]]
+    shards = {}
+    for file, group in zip(file_names(len(groups)), groups, strict=True):
+        group.sort(key=lambda place: -place.dtype.itemsize)
+        *offsets, _ = accumulate((place.bytes for place in group), initial=len(_header(group)))
+        shards[file] = [replace(one, file=file, offset=offset) for one, offset in zip(group, offsets, strict=True)]
     return shards
 
 
-def _header(places: Sequence[Place]) -> bytes:
-    """The header of a safetensors file of `places`, whose offsets count from any point."""
-    start = places[0].offset
+def _header(places: Iterable[Place]) -> bytes:
+    """The header of a safetensors file of `places`, one after another."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for one in places:
-        begin = one.offset - start
-        entries[one.name] = {
-            "dtype": _CODES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [begin, begin + one.bytes],
-        }
+        begin, end = end, end + one.bytes
+        entries[one.name] = {"dtype": _CODES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -595,8 +597,7 @@ def _arguments(
     """Everything that the written bits depend on, as JSON."""
     import lockstep
 
-    paths = {one.path if isinstance(one, Span) else one.folder / ".metadata" for one in stored.values()}  # type: ignore[attr-defined]
-    stats = {str(path.absolute()): path.stat() for path in sorted(paths)}
+    stats = {str(path.absolute()): path.stat() for path in sorted({one.path for one in stored.values()})}
     found: dict[str, Any] = {
         "lockstep": lockstep.__version__,
         "quantization": quantization_config(model, format),
@@ -659,15 +660,6 @@ def _create(partial: Path, shards: Mapping[str, Sequence[Place]]) -> None:
             file.truncate(size)
 
 
-def _write_index(directory: Path, shards: Mapping[str, Sequence[Place]]) -> None:
-    if len(shards) == 1:
-        return
-    weight_map = {place.name: name for name, places in shards.items() for place in places}
-    total = sum(place.bytes for places in shards.values() for place in places)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2))
-
-
 def _copy_small_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template and the like; not what is written here, and no weights of any kind."""
     for path in source.iterdir():
@@ -704,6 +696,7 @@ def _run(
             for key, size, checksums, was_there in results:
                 bar.advance(whole, size)
                 kept += was_there
+                # After a line break, since a kill may have cut the line before.
                 journal.write("\n" + json.dumps({"key": key, "checksums": checksums}))
             journal.flush()
     return kept
@@ -826,14 +819,14 @@ def _converted(piece: Piece, amax: Tensor | None) -> Iterator[tuple[str, Tensor]
         for rows in _chunks(piece.source):
             tensor = piece.source.rows(*rows).to(piece.loaded).to(piece.served)
             if piece.finite:
-                _check_finite(piece.key, tensor)
+                check_finite(piece.key, tensor)
             yield piece.key, tensor
         return
     name, once = piece.layer, set()
     n, k = piece.source.shape
     for start, stop in _chunks(piece.source) if _by_rows(piece.format) else [(0, n)]:
         weight = piece.source.rows(start, stop).to(piece.loaded)
-        _check_finite(piece.key, weight)
+        check_finite(piece.key, weight)
         for leaf, tensor in checked(name, _layer(piece, weight, amax, start, stop), piece.format).items():
             if tensor.ndim == 2:
                 yield f"{name}.{leaf}", tensor

@@ -72,6 +72,7 @@ def replacing(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _empty(incomplete)
             _recover(target)
             yield incomplete
+            _readable(incomplete)
             _sync(*incomplete.rglob("*"), incomplete)
             _take_place(incomplete, target)
         except OSError as error:
@@ -100,6 +101,17 @@ def _is_export(directory: Path) -> bool:
 def _empty(directory: Path) -> None:
     for entry in directory.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _readable(directory: Path) -> None:
+    """Give all files the permissions that a new file has: safetensors writes its own for their owner alone."""
+    probe = directory / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _sync(*paths: Path) -> None:

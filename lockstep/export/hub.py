@@ -44,7 +44,7 @@ def pieces(model: nn.Module, key: str, shape: Sequence[int]) -> dict[str, Piece]
     return {name: Piece(key, _where(key, name, numbers, part)) for name, part in found.items()}
 
 
-def expert_names(model: nn.Module, name: str, module: nn.Module, layout: Layout) -> dict[str, tuple[int, str]]:
+def expert_names(model: nn.Module, name: str, layout: Layout) -> dict[str, tuple[int, str]]:
     """The projections of a module of experts, called `name` in the state dict, by the names that engines know: number
     of the expert, and ``"gate_proj"``, ``"up_proj"`` or ``"down_proj"``.
 
@@ -56,8 +56,8 @@ def expert_names(model: nn.Module, name: str, module: nn.Module, layout: Layout)
     """
     found: dict[str, tuple[int, str]] = {}
     for parameter in (layout.first, DOWN):
-        (n, k), experts = layout.shape(module, parameter), range(layout.count(module))
-        cuts = {part: cut for part, cut in layout.parts(n).items() if (part == DOWN) == (parameter == DOWN)}
+        (n, k), experts = layout.shape(parameter), range(layout.experts)
+        cuts = {part: cut for part, cut in layout.parts().items() if (part == DOWN) == (parameter == DOWN)}
         shape = (len(experts), *((k, n) if layout.transposed else (n, k)))
         stored = pieces(model, f"{name}.{parameter}", shape)
         if all(not piece.where for piece in stored.values()):

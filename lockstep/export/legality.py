@@ -23,7 +23,7 @@ from lockstep.export.served import (
 )
 from lockstep.qat import learned
 from lockstep.qat.experts import Expert
-from lockstep.qat.prepare import FUSED, run_as_one, unwrapped, without_adapters
+from lockstep.qat.prepare import FUSED, run_as_one, unwrapped, with_adapters_merged
 from lockstep.scheme import BLOCK
 
 
@@ -36,7 +36,7 @@ def check_exportable(model: nn.Module, format: str | None = None) -> None:
             for several schemes, or for the KV cache.
         ValueError: an unknown format.
     """
-    with without_adapters(unwrapped(model)) as served, without_wrappers(served):
+    with with_adapters_merged(unwrapped(model)) as served, without_wrappers(served):
         _check_exportable(served, format)
 
 
@@ -79,7 +79,7 @@ def check_measured(model: nn.Module) -> None:
 
     Of a sharded model with learned scales all ranks must call it.
     """
-    with without_adapters(unwrapped(model)) as served, without_wrappers(served):
+    with with_adapters_merged(unwrapped(model)) as served, without_wrappers(served):
         _check_measured(served)
 
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,34 +35,29 @@ TYPES = {
 }
 
 
-class Stored(Protocol):
-    """A tensor on disk."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows from `start` to `stop` along the first dimension, on the CPU; of a scalar it is the one row."""
-
-
 @dataclass(frozen=True)
-class Span:
-    """A tensor whose bytes stand one after another in a file: of safetensors, or of ``torch.save``."""
+class Stored:
+    """A tensor on disk. `path` is the file that changes when it does."""
 
     path: Path
-    offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
+        """Its size."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Its rows from `start` to `stop` along the first dimension, on the CPU; of a scalar it is the one row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Span(Stored):
+    """A tensor whose bytes stand one after another in a file, from `offset`: of safetensors, or of ``torch.save``."""
+
+    offset: int
 
     def rows(self, start: int, stop: int) -> Tensor:
         width = math.prod(self.shape[1:])
@@ -84,17 +78,10 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Distributed:
-    """A tensor of a ``torch.distributed.checkpoint`` folder, in shards of which its files know. It is read whole."""
+class Distributed(Stored):
+    """The tensor `key` of a ``torch.distributed.checkpoint`` folder, of whose shards `path` knows. It is read whole."""
 
-    folder: Path
     key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> Tensor:
         whole = _distributed(self)
@@ -102,22 +89,13 @@ class Distributed:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Stored):
     """Some rows of one matrix of a stacked tensor ``[E, N, K]``, or ``[E, K, N]`` if it is `transposed`."""
 
     stacked: Stored
     number: int
     cut: slice = field(hash=False)
     transposed: bool
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stacked.dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> Tensor:
         matrix = self.stacked.rows(self.number, self.number + 1)[0]
@@ -132,8 +110,14 @@ def _distributed(stored: Distributed) -> Tensor:
     found = torch.empty(stored.shape, dtype=stored.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
-        checkpoint.load({stored.key: found}, storage_reader=checkpoint.FileSystemReader(stored.folder), no_dist=True)
+        reader = checkpoint.FileSystemReader(stored.path.parent)
+        checkpoint.load({stored.key: found}, storage_reader=reader, no_dist=True)
     return found
+
+
+def release() -> None:
+    """Let go of what is kept of a distributed checkpoint: the tensor read last."""
+    _distributed.cache_clear()
 
 
 def stored_tensors(source: Path) -> dict[str, Stored]:
@@ -183,7 +167,7 @@ def _of_safetensors(path: Path) -> dict[str, Stored]:
     if odd := [name for name, entry in header.items() if entry["dtype"] not in TYPES]:
         raise ValueError(f"{path}: {odd[0]} is {header[odd[0]]['dtype']}: masters are {', '.join(TYPES)}.")
     return {
-        name: Span(path, 8 + size + entry["data_offsets"][0], TYPES[entry["dtype"]], tuple(entry["shape"]))
+        name: Span(path, TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
@@ -205,9 +189,8 @@ def _of_torch_save(path: Path) -> dict[str, Stored]:
         if start is None or not tensor.is_contiguous():
             how = "not contiguous" if start is not None else "in the format of torch before 1.6"
             raise ValueError(f"{path}: {name} is stored {how}: save it again, as a contiguous tensor.")
-        found[name] = Span(
-            path, start + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)
-        )
+        offset = start + tensor.storage_offset() * tensor.element_size()
+        found[name] = Span(path, tensor.dtype, tuple(tensor.shape), offset)
     return found
 
 
@@ -217,7 +200,7 @@ def _of_distributed(folder: Path) -> dict[str, Stored]:
 
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
-        name: Distributed(folder, name, entry.properties.dtype, tuple(entry.size))
+        name: Distributed(folder / ".metadata", entry.properties.dtype, tuple(entry.size), name)
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }

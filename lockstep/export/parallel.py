@@ -85,7 +85,7 @@ def shards(
 
 def how_cut(name: str, plan: Mapping[str, str]) -> tuple[Cut | None, str]:
     """How engines cut the layer `name`, and who says so: a ``tp_plan``, or its own name. None: neither."""
-    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    pattern = without_numbers(name)
     generic = pattern.replace(".experts.*.", ".experts.")
     stacked = re.sub(r"(gate|up)_proj$", "gate_up_proj", generic) if ".experts." in generic else generic
     for key in (pattern, generic, stacked):
@@ -95,6 +95,11 @@ def how_cut(name: str, plan: Mapping[str, str]) -> tuple[Cut | None, str]:
                 return cut, PLAN  # type: ignore[return-value]
     leaf = name.rpartition(".")[2]
     return next(((cut, NAMES) for cut, leaves in _NAMES.items() if leaf in leaves), (None, ""))
+
+
+def without_numbers(name: str) -> str:
+    """A module's name with ``*`` for the numbers of its layer and expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _degree(name: str, tp: int, ep: int, kv_heads: int) -> int:
@@ -111,12 +116,13 @@ def _shard(name: str, weight: Weight, cut: Cut | None, source: str, degree: int,
             f"{name}: neither the model's tp_plan nor its name says how engines cut it: name it in ignore, or serve "
             "it on one GPU."
         )
-        return Shard(name, "whole", "nobody", weight.n, weight.k, problem if degree > 1 else "")
+        return Shard(name, "whole", "", weight.n, weight.k, problem if degree > 1 else "")
     n, k = weight.n, weight.k
+    by = "tp / ep" if ".experts." in name else "tp"
     if cut == "row":
-        k, problem = k // degree, _row_problem(weight, degree, ".experts." in name)
+        k, problem = k // degree, _row_problem(weight, degree, by)
     elif cut == "column":
-        n, problem = n // degree, _column_problem(weight, degree)
+        n, problem = n // degree, _column_problem(weight, degree, by)
     else:
         problem = ""
     rows = together if cut == "column" else n
@@ -131,8 +137,11 @@ def _shard(name: str, weight: Weight, cut: Cut | None, source: str, degree: int,
     return Shard(name, cut, source, n, k, "", refused if tile else "")
 
 
-def _row_problem(weight: Weight, degree: int, expert: bool) -> str:
-    """Why a weight cannot be cut over `degree` GPUs along K, with what would fit; empty if it can."""
+def _row_problem(weight: Weight, degree: int, by: str) -> str:
+    """Why a weight cannot be cut over `degree` GPUs along K, with what would fit; empty if it can.
+
+    `by` is what the degree is called.
+    """
     spec, inputs = weight.scheme.weights, weight.scheme.activations
     size = BLOCK if spec.strategy == "block" else spec.group_size or 1
     if inputs is not None:
@@ -143,25 +152,28 @@ def _row_problem(weight: Weight, degree: int, expert: bool) -> str:
     groupings = RULES[spec.scale_rule].groupings if inputs is None and not rest else ()
     fits = [f"group_size={one}" for _, one in groupings if one and whole % one == 0]
     fits += ["strategy='channel'"] * (("channel", None) in groupings)
-    fewer = [one for one in _DEGREES if one < degree and weight.k % one == 0 and weight.k // one % size == 0]
-    fits += [f"{'tp / ep' if expert else 'tp'}={max(fewer, default=1)}"]
+    fits += [f"{by}={_fewer(weight.k, size, degree)}"]
     what = f"{weight.k} inputs do not divide over {degree} GPUs"
     if not rest:
         what = f"{whole} inputs on each of {degree} GPUs do not divide into groups of {size}"
     return f"{what}: {' or '.join(fits)} would fit"
 
 
-def _column_problem(weight: Weight, degree: int) -> str:
+def _column_problem(weight: Weight, degree: int, by: str) -> str:
     """The same along N, where only blocks and the weight's own rows must not be cut."""
     size = BLOCK if weight.scheme.weights.strategy == "block" and degree > 1 else 1
     whole, rest = divmod(weight.n, degree)
     if not rest and whole % size == 0:
         return ""
-    fewer = [one for one in _DEGREES if one < degree and weight.n % one == 0 and weight.n // one % size == 0]
     what = f"{weight.n} outputs do not divide over {degree} GPUs"
     if not rest:
         what = f"{whole} outputs on each of {degree} GPUs are no whole blocks of {size}"
-    return f"{what}: tp={max(fewer, default=1)} would fit"
+    return f"{what}: {by}={_fewer(weight.n, size, degree)} would fit"
+
+
+def _fewer(length: int, size: int, degree: int) -> int:
+    """The most GPUs, but fewer than `degree`, of which each gets whole groups or blocks of `size`."""
+    return max((one for one in _DEGREES if one < degree and length % (one * size) == 0), default=1)
 
 
 def _uneven_experts(weights: Mapping[str, Weight], ep: int) -> list[Shard]:
@@ -181,6 +193,6 @@ def alike(found: Sequence[Shard]) -> dict[tuple[Any, ...], list[Shard]]:
     """Shards that differ in layer and expert numbers alone, together."""
     groups: dict[tuple[Any, ...], list[Shard]] = {}
     for one in found:
-        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.name), one.cut, one.source, one.n, one.k, not one.problem)
+        key = (without_numbers(one.name), one.cut, one.source, one.n, one.k, not one.problem)
         groups.setdefault(key, []).append(one)
     return groups

@@ -32,6 +32,7 @@ from lockstep.export.directory import ExportError, replacing
 from lockstep.export.gather import fsdp_units, gathered, ranks_of, together, without_wrappers
 from lockstep.export.groups import Group
 from lockstep.export.legality import check_exportable, check_measured
+from lockstep.export.masters import INDEX
 from lockstep.export.served import (
     Layer,
     kv_cache_scheme,
@@ -45,7 +46,7 @@ from lockstep.export.served import (
 from lockstep.grid import Quantized
 from lockstep.kernels import Quantizer
 from lockstep.qat.experts import Expert, QATExperts
-from lockstep.qat.prepare import unwrapped, without_adapters
+from lockstep.qat.prepare import unwrapped, with_adapters_merged
 from lockstep.scheme import Scheme, dtype_name
 
 
@@ -66,7 +67,7 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
             NaN or infinite, or a layer's words do not give back the weight that it trained with.
         ValueError: an unknown format.
     """
-    with without_adapters(model) as served:
+    with with_adapters_merged(model) as served:
         for whole, tensors in _entries(served, format):
             with whole():
                 found = dict(tensors())
@@ -107,7 +108,7 @@ def save_pretrained(
         ValueError: an unknown format or size.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
-    with without_adapters(model) as served:
+    with with_adapters_merged(model) as served:
         if format == "marlin" and any(isinstance(module, QATExperts) for module in served.modules()):
             raise ExportError(
                 'marlin stacks the experts for live updates: use stream(model, "marlin"), no folder holds it.'
@@ -127,7 +128,7 @@ def _save_whole(
     check_exportable(model, format)
     check_measured(model)
     with replacing(directory, overwrite) as incomplete:
-        shards = _Shards(incomplete, limit, "shard")
+        shards = Shards(incomplete, limit, "shard")
         for name, tensor in stream(model, format):
             shards.add(name, tensor)
         _finish(model, incomplete, shards.written(), format, tokenizer)
@@ -140,12 +141,22 @@ def quantization_config(model: nn.Module, format: str | None = None) -> dict[str
         layers = quantized_layers(model)
         by_layer = stored_as(layers, format)
         ignored = unquantized_layers(model)
+    schemes = {name: layer.scheme for name, layer in layers.items()}
+    return quantization_entry(by_layer, schemes, ignored, kv_cache_scheme(model, by_layer))
+
+
+def quantization_entry(
+    by_layer: Mapping[str, str],
+    schemes: Mapping[str, Scheme],
+    ignored: Sequence[str],
+    kv_cache: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The ``quantization_config`` of layers by their formats and schemes, see `Format.config`."""
     groups: dict[tuple[str, Scheme], list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault((by_layer[name], layer.scheme), []).append(name)
+    for name, format in by_layer.items():
+        groups.setdefault((format, schemes[name]), []).append(name)
     writer = formats.find(next(iter(by_layer.values())))
-    alike = [Group(*key, tuple(names)) for key, names in groups.items()]
-    return writer.config(alike, ignored, kv_cache_scheme(model, by_layer))
+    return writer.config([Group(*key, tuple(names)) for key, names in groups.items()], ignored, kv_cache)
 
 
 # What makes a module's tensors, and the block in which its parameters are whole for that.
@@ -174,12 +185,12 @@ def _entries(model: nn.Module, format: str | None) -> list[Entry]:
                 quantized = keys.get(key, {})
                 _check_whole(key, tensor, quantized, parameter is not None)
                 if quantized:
-                    _check_finite(key, tensor)
+                    check_finite(key, tensor)
                     yield from _stored(key, quantized, by_layer)
                     continue
                 served = served_tensor(model, key, tensor, scheme)
                 if parameter is not None:  # buffers may hold an infinity on purpose, as masks do
-                    _check_finite(key, served)
+                    check_finite(key, served)
                 # FSDP1 takes the memory back.
                 yield from hub.stored_tensors(model, key, served.clone() if units else served).items()
 
@@ -230,7 +241,7 @@ def _save_sharded(
         assert token is not None
         # Ranks on another machine need not see the directory: those that do write.
         writers = [one for one, sees in enumerate(together(token.exists, ranks)) if sees]
-        shards, problem = _Shards(token.parent, limit, f"shard-{rank}"), None
+        shards, problem = Shards(token.parent, limit, f"shard-{rank}"), None
         for number, (whole, tensors) in enumerate(entries):
             with whole():
                 if problem is None and writers[number % len(writers)] == rank:
@@ -281,7 +292,7 @@ def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
         read = layout.read(tensors, spec)
     except ValueError as error:
         raise ExportError(f"{name} cannot be stored as {format}: {error}.") from error
-    _check_finite(f"{name}.weight, as it is served", grid.dequantize(read, spec))
+    check_finite(f"{name}.weight, as it is served", grid.dequantize(read, spec))
     if not (_is_trained(read, layer, kernel) and (quantized is None or same_bits(read, quantized))):
         raise ExportError(
             f"{name}: the packed words do not give back the weight that it trained with. Nothing is written."
@@ -322,7 +333,8 @@ def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
     return same_bits(read, Quantized(codes, scale, read.zero_point, read.global_scale))
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ExportError if a value of the tensor `name` is NaN or infinite."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ExportError(
@@ -333,24 +345,27 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 Shard = tuple[str, list[str], int]  # the file, the tensors in it, their bytes
 
 
-class _Shards:
+class Shards:
     """Tensors on their way into files of at most `limit` bytes, which are called ``LABEL-0`` and so on."""
 
     def __init__(self, directory: Path, limit: int, label: str) -> None:
         self._directory, self._limit, self._label = directory, limit, label
         self._files: list[Shard] = []
         self._tensors: dict[str, Tensor] = {}
+        self._memory: set[int] = set()  # where they are
         self._bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor. OSError if a file that is full now cannot be written."""
         tensor = tensor.cpu()
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > self._limit:
             self._flush()
         # A copy of its own where two names share memory, which safetensors does not store.
-        memory = tensor.untyped_storage().data_ptr()
-        shared = any(memory == other.untyped_storage().data_ptr() for other in self._tensors.values())
-        self._tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        shared = tensor.untyped_storage().data_ptr() in self._memory
+        tensor = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        self._tensors[name] = tensor
+        self._memory.add(tensor.untyped_storage().data_ptr())
         self._bytes += size
 
     def written(self) -> list[Shard]:
@@ -366,34 +381,56 @@ class _Shards:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         self._files.append((file, list(self._tensors), self._bytes))
-        self._tensors, self._bytes = {}, 0
+        self._tensors, self._memory, self._bytes = {}, set(), 0
 
 
 def _finish(model: nn.Module, directory: Path, shards: list[Shard], format: str | None, tokenizer: Any) -> None:
     """Give the files their names, and write what else belongs in the folder."""
-    _write_index(directory, shards)
-    _write_config(unwrapped(model), directory, format)
+    model = unwrapped(model)
+    with without_wrappers(model):
+        served = next(iter(quantized_layers(model).values())).scheme.weights.served_dtype
+    write_folder(model, directory, shards, quantization_config(model, format), served, tokenizer)
+
+
+def write_folder(
+    model: Any,
+    directory: Path,
+    shards: Sequence[Shard],
+    quantization: Mapping[str, Any],
+    served: torch.dtype,
+    tokenizer: Any = None,
+) -> None:
+    """Give the files of `shards` their names, and write what else belongs in the folder of a model: index and configs.
+
+    Args:
+        model: without wrappers.
+        directory: where the files are.
+        shards: in the order of the tensors.
+        quantization: see `quantization_config`.
+        served: the dtype that the engine computes in.
+        tokenizer: saved along.
+    """
+    weight_map: dict[str, str] = {}
+    for (written, names, _), file in zip(shards, file_names(len(shards)), strict=True):
+        if written != file:
+            (directory / written).rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size for *_, size in shards)}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
+    _write_config(model, directory, quantization, dtype_name(served))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def _write_index(directory: Path, shards: list[Shard]) -> None:
-    if len(shards) == 1:
-        (directory / shards[0][0]).rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, (written, names, _) in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / written).rename(directory / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
-    index = {"metadata": {"total_size": sum(size for *_, size in shards)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+def file_names(count: int) -> list[str]:
+    """What transformers calls the `count` files of a model's tensors."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_config(model: Any, directory: Path, format: str | None) -> None:
-    with without_wrappers(model):
-        served = dtype_name(next(iter(quantized_layers(model).values())).scheme.weights.served_dtype)
-    quantization = quantization_config(model, format)
+def _write_config(model: Any, directory: Path, quantization: Mapping[str, Any], served: str) -> None:
     if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
         config: Any = copy.deepcopy(model.config)
         config.dtype = served

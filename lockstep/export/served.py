@@ -13,6 +13,7 @@ from lockstep.export.directory import ExportError
 from lockstep.qat import learned
 from lockstep.qat.experts import Expert, QATExperts, layout_of
 from lockstep.qat.linear import QATLinear
+from lockstep.qat.prepare import routers
 from lockstep.scheme import Scheme
 
 Layer = QATLinear | Expert
@@ -34,7 +35,7 @@ def quantized_keys(model: nn.Module) -> dict[str, dict[str, Layer]]:
         if isinstance(module, QATLinear):
             keys[f"{name}.weight"] = {hub.layer_name(model, name): module}
         elif isinstance(module, QATExperts):
-            for stored, place in hub.expert_names(model, name, module, module.layout).items():
+            for stored, place in hub.expert_names(model, name, module.layout).items():
                 expert = Expert(module, *place)
                 keys.setdefault(f"{name}.{expert.parameter}", {})[stored] = expert
     return keys
@@ -45,16 +46,14 @@ def unquantized_layers(model: nn.Module) -> list[str]:
 
     Linear layers, routers that are modules of their own, and experts.
     """
-    found = []
+    found, beside_experts = [], routers(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QATLinear | QATExperts):
             continue
-        weight = module._parameters.get("weight")
-        router = weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-        if isinstance(module, nn.Linear) or router:
+        if isinstance(module, nn.Linear) or name in beside_experts:
             found.append(hub.layer_name(model, name))
         elif layout := layout_of(module):  # engines look for the projections of the first
-            found += hub.expert_names(model, name, module, layout)
+            found += hub.expert_names(model, name, layout)
     return found
 
 

@@ -32,7 +32,7 @@ try:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 except ImportError as error:
-    raise ImportError(f"LoRA needs peft ({error}): pip install 'lockstep-qat[peft]'.") from error
+    raise ImportError(f"LoRA needs peft ({error}): pip install peft.") from error
 
 # Initializations that leave the base as it is; the others write what they take out of it into its weights.
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal")
@@ -371,8 +371,7 @@ class ParamWrapper(PeftParamWrapper):  # peft knows it by this name
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """peft's merge, in the bits of the forward."""
-        with self._master() as experts, torch.no_grad(), without_autocast(self.get_param().device):
-            del experts
+        with self._master(), torch.no_grad(), without_autocast(self.get_param().device):
             super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -557,21 +556,17 @@ class FrozenLora(PeftLinear):
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def base_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The model within peft's, its base layers and trained modules in the place of peft's wrappers around them."""
     undo = replace(model, plain)
     try:
-        yield inner_model(model)
+        yield unwrapped(model)
     finally:
         restore(undo)
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    model = unwrapped(model)
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
 def plain(module: nn.Module) -> nn.Module:
+    """What peft has put a layer of its own around: the base layer, or the module that trains; others themselves."""
     if isinstance(module, BaseTunerLayer):
         return module.get_base_layer()
     if isinstance(module, ModulesToSaveWrapper):
@@ -584,10 +579,10 @@ def replace(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module]) -> lis
     """Put `stand_in` of each module in its place, from above; where one is replaced, what is in it is left alone.
 
     Returns:
-        What was there, for `_restore`: parent, name, module.
+        What was there, for `restore`: parent, name, module.
     """
     undo = []
-    pending = [inner_model(model)]
+    pending = [unwrapped(model)]
     while pending:
         parent = pending.pop()
         for name, child in [*parent._modules.items()]:
@@ -603,5 +598,6 @@ def replace(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module]) -> lis
 
 
 def restore(undo: Sequence[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Undo `replace`."""
     for parent, name, module in undo:
         parent._modules[name] = module

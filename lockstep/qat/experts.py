@@ -35,54 +35,58 @@ GATED, PLAIN, DOWN = "gate_up_proj", "up_proj", "down_proj"
 
 
 class Layout(NamedTuple):
-    """How a module keeps its experts.
+    """How a module keeps its experts, when they are whole.
 
     `first` is the parameter before the activation, ``gate_up_proj`` ``[E, 2I, H]`` or ``up_proj`` ``[E, I, H]``;
-    ``down_proj`` is ``[E, H, I]``; `transposed`: both have their last two dimensions the other way around;
-    `interleaved`: gate and up are the even and odd rows of `first`, not its halves.
+    ``down_proj`` is ``[E, H, I]``; E is `experts`, H `outer` and I `inner`. `transposed`: both parameters have their
+    last two dimensions the other way around; `interleaved`: gate and up are the even and odd rows of `first`, not its
+    halves.
     """
 
     first: str
     transposed: bool
     interleaved: bool
+    experts: int
+    outer: int
+    inner: int
 
     def rows(self, weight: Tensor) -> Tensor:
         """A view of a parameter ``[..., N, K]`` or ``[..., K, N]`` as ``[..., N, K]``."""
         return weight.mT if self.transposed else weight
 
-    def parts(self, n: int) -> dict[str, slice]:
-        """The projections by the names that engines know, and the rows of each in its parameter: of `n` in `first`."""
+    def shape(self, parameter: str) -> tuple[int, int]:
+        """N and K of a parameter."""
+        if parameter == DOWN:
+            return self.outer, self.inner
+        return self.inner * (2 if self.first == GATED else 1), self.outer
+
+    def parts(self) -> dict[str, slice]:
+        """The projections by the names that engines know, and the rows of each in its parameter."""
+        down = {DOWN: slice(0, self.outer)}
         if self.first == PLAIN:
-            return {PLAIN: slice(None), DOWN: slice(None)}
+            return {PLAIN: slice(0, self.inner)} | down
         if self.interleaved:
-            return {"gate_proj": slice(0, n, 2), PLAIN: slice(1, n, 2), DOWN: slice(None)}
-        return {"gate_proj": slice(0, n // 2), PLAIN: slice(n // 2, n), DOWN: slice(None)}
-
-    def shape(self, module: nn.Module, parameter: str) -> tuple[int, int]:
-        """N and K of a parameter of `module`, sharded or not."""
-        _, *last = shape_of(module._parameters[parameter])
-        n, k = reversed(last) if self.transposed else last
-        return n, k
-
-    def count(self, module: nn.Module) -> int:
-        """E, the number of experts of `module`, sharded or not."""
-        return shape_of(module._parameters[DOWN])[0]
+            return {"gate_proj": slice(0, 2 * self.inner, 2), PLAIN: slice(1, 2 * self.inner, 2)} | down
+        return {"gate_proj": slice(0, self.inner), PLAIN: slice(self.inner, 2 * self.inner)} | down
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """How `module` keeps its experts, or None if it is no module of experts in transformers' pattern."""
+    if isinstance(module, QATExperts):  # whose parameters may be shards by now
+        return module.layout
     shapes = {name: shape_of(module._parameters.get(name)) for name in (GATED, PLAIN, DOWN)}
     first = next((name for name in (GATED, PLAIN) if len(shapes[name]) == 3), None)
     if first is None or len(shapes[DOWN]) != 3:
         return None
-    (_, a, b), (_, c, d) = shapes[first], shapes[DOWN]
+    (_, a, b), (count, c, d) = shapes[first], shapes[DOWN]
     width = 2 if first == GATED else 1
     as_they_are, turned = (a, b) == (width * d, c), (b, a) == (width * c, d)
     if not as_they_are and not turned:
         return None
     # Without a gate both hold for every shape, with one never.
     transposed = turned and (not as_they_are or bool(getattr(module, "is_transposed", False)))
-    return Layout(first, transposed, not getattr(module, "is_concatenated", True))
+    outer, inner = (d, c) if transposed else (c, d)
+    return Layout(first, transposed, not getattr(module, "is_concatenated", True), count, outer, inner)
 
 
 def shape_of(parameter: Tensor | None) -> tuple[int, ...]:
@@ -129,25 +133,26 @@ class Expert:
     @property
     def out_features(self) -> int:
         """N."""
-        n, _ = self.module.layout.shape(self.module, self.parameter)
-        return len(range(*self.module.layout.parts(n)[self.part].indices(n)))
+        layout = self.module.layout
+        return layout.outer if self.part == DOWN else layout.inner
 
     @property
     def in_features(self) -> int:
         """K."""
-        return self.module.layout.shape(self.module, self.parameter)[1]
+        layout = self.module.layout
+        return layout.inner if self.part == DOWN else layout.outer
 
     @property
     def weight(self) -> Tensor:
         """The master ``[N, K]``, a view of the stacked one."""
         rows = self.module.layout.rows(getattr(self.module, self.parameter))
-        return rows[self.number, self.module.layout.parts(rows.shape[1])[self.part]]
+        return rows[self.number, self.module.layout.parts()[self.part]]
 
     @property
     def bias(self) -> Tensor | None:
         """``[N]``, a view of the stacked one."""
         stacked = getattr(self.module, f"{self.parameter}_bias", None)
-        return None if stacked is None else stacked[self.number, self.module.layout.parts(stacked.shape[1])[self.part]]
+        return None if stacked is None else stacked[self.number, self.module.layout.parts()[self.part]]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x, self.weight, self.bias)
@@ -232,8 +237,8 @@ def qat_class(plain: Any) -> type[QATExperts]:
 
 def experts(module: QATExperts) -> Iterator[Expert]:
     """The projections of each expert of `module`, expert by expert."""
-    for number in range(module.layout.count(module)):
-        for part in module.layout.parts(0):
+    for number in range(module.layout.experts):
+        for part in module.layout.parts():
             yield Expert(module, number, part)
 
 
@@ -244,7 +249,7 @@ def _cut(module: QATExperts, suffix: str = "") -> dict[str, tuple[Tensor, ...]]:
     if any(one is None for one in stacked.values()):
         return {}
     rows = stacked if suffix else {name: layout.rows(one) for name, one in stacked.items()}
-    parts = layout.parts(rows[layout.first].shape[1])
+    parts = layout.parts()
     return {part: rows[DOWN if part == DOWN else layout.first][:, cut].unbind(0) for part, cut in parts.items()}
 
 
@@ -262,7 +267,7 @@ def by_expert(
         TypeError: this class of experts is called otherwise.
     """
     rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(hidden_states))
-    count = module.layout.count(module)
+    count = module.layout.experts
     if not routing and len(rows) % count == 0:
         index = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count).unsqueeze(1)
         routing = (index, torch.ones_like(index, dtype=rows.dtype))
@@ -299,7 +304,7 @@ def by_expert(
 
 def in_kernels_order(module: QATExperts) -> bool:
     """Whether multiplying with dequantized weights is not what the serving kernel does: see `by_expert`."""
-    widths = [module.layout.shape(module, name)[1] for name in (module.layout.first, DOWN)]
+    widths = [module.layout.shape(name)[1] for name in (module.layout.first, DOWN)]
     return module.scheme.activations is not None or any(map(module.scheme.weights.scale_follows_gemm, widths))
 
 

@@ -1,4 +1,4 @@
-"""LoRA by peft, in three modes: what an adapter trains on is what is served with it (needs ``lockstep-qat[peft]``).
+"""LoRA by peft, in three modes: what an adapter trains on is what is served with it (the extra ``peft``).
 
 ===============  ===========================================  ======================================================
 mode             the forward multiplies with                  what is served
@@ -36,10 +36,10 @@ from lockstep.qat.adapters import (
     FrozenLora,
     MergedLora,
     ParamWrapper,
+    base_layers,
     check_layer,
     disown,
     peft,
-    without_adapters,
 )
 from lockstep.qat.experts import QATExperts
 from lockstep.qat.frozen import FrozenLinear
@@ -147,7 +147,7 @@ def prepare(
         ValueError, TypeError: see `lockstep.prepare`; `options` or adapters that merged mode does not have.
     """
     try:
-        with without_adapters(model) as base:
+        with base_layers(model) as base:
             for module in base.modules():
                 disown(module)
             report = prepare_plain(base, scheme, targets, ignore, **options)
@@ -217,7 +217,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
                 layer.merge()
         for experts in adapted_experts:
             experts.memo = memo
-        with without_adapters(model) as base:
+        with base_layers(model) as base:
             yield base
     finally:
         for experts in adapted_experts:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lockstep.qat import learned
-from lockstep.qat.experts import QATExperts, layout_of, qat_class, shape_of
+from lockstep.qat.experts import DOWN, GATED, PLAIN, QATExperts, layout_of, qat_class, shape_of
 from lockstep.qat.linear import QATLinear, SharedInput
 from lockstep.qat.reuse import Kept, Reuse
 from lockstep.scheme import DTYPES, Rule, Scheme, dtype_name
@@ -159,6 +159,8 @@ def prepare(
     ignore = _patterns(ignore)
     modules = dict(named_modules(model))
     chosen, reasons = _choose(model, modules, rules, ignore)
+    if flat := [name for name, one in modules.items() if name not in reasons and _flattened_experts(one)]:
+        raise TypeError(f"{flat[0]} holds experts that FSDP1 has flattened: prepare before the model is wrapped.")
     of_experts = {name: wanted for name, wanted in chosen.items() if layout_of(modules[name])}
     chosen = {name: wanted for name, wanted in chosen.items() if name not in of_experts}
     for name, wanted in chosen.items():
@@ -248,6 +250,13 @@ def as_text(report: Any, width: int = 140) -> str:
     return capture.get().rstrip()
 
 
+def show(report: Any) -> None:
+    """Print `report`, as wide as the terminal; into a pipe or a file, wide enough not to break names."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(report)
+
+
 def run_as_one(names: Iterable[str]) -> list[list[str]]:
     """The layers `names` in the groups that engines run as one layer; others alone."""
     groups: dict[tuple[str, object], list[str]] = {}
@@ -284,7 +293,7 @@ def inner(module: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def with_adapters_merged(model: nn.Module) -> Iterator[nn.Module]:
     """Where peft's adapters are in `model`, the model that is served (`lockstep.qat.lora.merged`); else itself."""
     lora = _lora(model)
     with nullcontext(model) if lora is None else lora.merged(model) as served:
@@ -321,12 +330,12 @@ def _choose(
             warnings.warn(f"ignore={pattern!r} matches no module of {type(model).__name__}.", stacklevel=3)
 
     reasons = {name: f"ignored by {pattern!r}" for pattern, names in ignored.items() for name in names}
-    routers, passed_over = _routers(model), set[str]()
+    beside_experts, passed_over = routers(model), set[str]()
     chosen: dict[str, Scheme] = {}
     for rule, found in zip(rules, matched, strict=True):
         by_name = {one for target, names in found.items() for one in names if target == one or target.startswith("re:")}
         for name in (name for names in found.values() for name in names if name not in reasons | chosen):
-            if name in routers - by_name:
+            if name in beside_experts - by_name:
                 passed_over.add(name)
             elif rule.scheme is None:
                 reasons[name] = f"left as it is by the rule for {', '.join(rule.targets)}"
@@ -346,14 +355,14 @@ def _choose(
     return chosen, reasons
 
 
-def _routers(model: nn.Module) -> set[str]:
-    """Names of the linear layers that stand beside a layer's experts: routers, and gates of shared experts."""
+def routers(model: nn.Module) -> set[str]:
+    """Names of the modules with a weight that stand beside a layer's experts: routers, and gates of shared experts."""
     found = set()
-    for parent, module in model.named_modules():
+    for parent, module in named_modules(model):
         children = dict(module.named_children())
         if "experts" in children or any(layout_of(child) for child in children.values()):
-            linear = [name for name, child in children.items() if isinstance(child, nn.Linear)]
-            found |= {f"{parent}.{name}".lstrip(".") for name in linear}
+            weighted = [name for name, child in children.items() if child._parameters.get("weight") is not None]
+            found |= {f"{parent}.{name}".lstrip(".") for name in weighted}
     return found
 
 
@@ -393,6 +402,11 @@ def _check(name: str, module: nn.Module, scheme: Scheme, parent: nn.Module) -> N
         raise ValueError(f"{name}, weight of shape {shape}: {error} Or name the module in ignore.") from None
 
 
+def _flattened_experts(module: nn.Module) -> bool:
+    flat = {name for name in (GATED, PLAIN, DOWN) if len(shape_of(module._parameters.get(name))) == 1}
+    return layout_of(module) is None and DOWN in flat and len(flat) > 1
+
+
 def _check_experts(name: str, module: Any, scheme: Scheme, learned_scales: bool) -> None:
     layout = layout_of(module)
     assert layout is not None
@@ -405,16 +419,16 @@ def _check_experts(name: str, module: Any, scheme: Scheme, learned_scales: bool)
         )
     if "forward" in vars(module):
         raise TypeError(f"{name} has a forward of its own set on the instance, which would bypass the quantization.")
-    for parameter in (layout.first, "down_proj"):
-        weight = module._parameters[parameter]
+    for parameter in (layout.first, DOWN):
+        weight, (_, k) = module._parameters[parameter], layout.shape(parameter)
         if weight.dtype not in DTYPES.values():
             raise TypeError(f"{name}.{parameter} needs weights in {', '.join(DTYPES)}, found {weight.dtype}.")
         try:
-            scheme.weights.num_groups(layout.rows(weight).shape[-1])
+            scheme.weights.num_groups(k)
             if scheme.activations is not None:
-                scheme.activations.num_groups(layout.rows(weight).shape[-1])
+                scheme.activations.num_groups(k)
         except ValueError as error:
-            shape = tuple(weight.shape)
+            shape = shape_of(weight)
             raise ValueError(f"{name}.{parameter} of shape {shape}: {error} Or name the module in ignore.") from None
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lockstep import grid
 from lockstep.kernels.scaled_mm import without_autocast
-from lockstep.qat.adapters import BaseTunerLayer, inner_model, plain, replace, restore
+from lockstep.qat.adapters import BaseTunerLayer, plain, replace, restore
 from lockstep.qat.linear import QATLinear
-from lockstep.qat.prepare import as_text, prepare, quantized_modules
+from lockstep.qat.prepare import as_text, prepare, quantized_modules, unwrapped
 from lockstep.scheme import Rule, Scheme
 
 
@@ -30,6 +30,7 @@ def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def is_4bit(module: nn.Module) -> bool:
+    """Whether `module` is bitsandbytes' ``Linear4bit``."""
     # By name: bitsandbytes need not be there.
     return ("bitsandbytes.nn.modules", "Linear4bit") in ((one.__module__, one.__name__) for one in type(module).__mro__)
 
@@ -96,7 +97,7 @@ def requantize(
     if not four_bit:
         raise ValueError(f"no layer of this {type(model).__name__} is bitsandbytes' Linear4bit.")
     teacher = _log_probs(model, batch)
-    base = inner_model(model)
+    base = unwrapped(model)
     undo = replace(model, _dequantized)
     try:
         report = prepare(base, scheme, targets, ignore)
@@ -128,7 +129,7 @@ def _dequantized(layer: Any) -> nn.Module:
     state = base.weight.quant_state
     weight = dequantize_4bit(base.weight.data, state).float()
     if has_adapter and not layer.merged and not layer.disable_adapters:
-        _check_qlora(base, layer)
+        _check_qlora(layer)
         with torch.no_grad(), without_autocast(weight.device):
             for name in (name for name in layer.active_adapters if name in layer.lora_A):
                 weight += layer.get_delta_weight(name).float()
@@ -139,7 +140,7 @@ def _dequantized(layer: Any) -> nn.Module:
     return linear.train(base.training)
 
 
-def _check_qlora(base: nn.Module, layer: Any) -> None:
+def _check_qlora(layer: Any) -> None:
     if layer.lora_variant or any(layer.lora_bias.values()):
         raise ValueError("lora_bias, DoRA and other variants are not merged here: merge with peft, then prepare.")
 
