@@ -216,6 +216,25 @@ def test_what_is_exported_is_what_fsdp_cast_for_the_forward(tmp_path):
 # How much of it, and by whom -----------------------------------------------------------------------------------------
 
 
+def prepared_apart(out: str) -> None:
+    """In a rank: each has another scheme, or leaves another layer out."""
+    other = dist.get_rank() == 1
+    apart = [
+        fsdp2(prepared(llama(), Scheme.preset("W4A16", group_size=64 if other else 128))),
+        fsdp2(prepared(llama(), ignore=["lm_head", *(["model.layers.0.mlp.down_proj"] if other else [])])),
+    ]
+    for model in apart:
+        for export in (lambda model: save_pretrained(model, out), lambda model: dict(stream(model))):
+            with pytest.raises(ExportError, match=r"rank 1 has prepared its model otherwise than rank 0"):
+                export(model)
+
+
+def test_ranks_that_prepared_otherwise_are_told_so(tmp_path):
+    """Each rank writes its own layers: the folder would hold both schemes, and declare one."""
+    ranks.run(rank_script("prepared_apart", out=str(tmp_path / "out")), tmp_path / "ranks")
+    assert not (tmp_path / "out").exists()
+
+
 def peak_of_export(out: str) -> None:
     """In a rank: how many gathered elements are alive at once, and who writes what."""
     import weakref

@@ -264,6 +264,21 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     assert bitwise_equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
+def test_a_tie_that_training_has_broken_is_not_tied_again(tmp_path):
+    """The engine would serve the embedding for the head that was trained; without the tie both are stored."""
+    model = prepared(tiny_llama(tie_word_embeddings=True))
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with pytest.raises(ExportError, match=r"lm_head.weight has become another weight than model.embed_tokens.weight"):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    out = save_pretrained(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert bitwise_equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert bitwise_equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert lockstep.align.compare(model, out, {"input_ids": token_ids()}).aligned
+
+
 SHARED = {
     "whole": lambda x: x,
     "head": lambda x: x[:2],

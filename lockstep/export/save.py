@@ -68,7 +68,8 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
         ValueError: an unknown format.
     """
     with with_adapters_merged(model) as served:
-        for whole, tensors in _entries(served, format):
+        ranks = ranks_of(served)
+        for whole, tensors in _entries(served, format) if ranks is None else _agreed(served, format, ranks):
             with whole():
                 found = dict(tensors())
             yield from found.items()
@@ -199,6 +200,23 @@ def _entries(model: nn.Module, format: str | None) -> list[Entry]:
     return [entry(name, list(own)) for name, own in groupby(state, _owner)]
 
 
+def _agreed(model: nn.Module, format: str | None, ranks: dist.ProcessGroup) -> list[Entry]:
+    """`_entries` of a sharded model. ExportError on all ranks if one has prepared it otherwise."""
+    entries: list[Entry] = []
+
+    def plan() -> str:
+        entries.extend(_entries(model, format))
+        with without_wrappers(unwrapped(model)):
+            names = [*served_state(unwrapped(model))]
+        return json.dumps([quantization_config(model, format), names])
+
+    first, *others = together(plan, ranks)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise ExportError(f"rank {rank} has prepared its model otherwise than rank 0: prepare alike on all ranks.")
+    return entries
+
+
 def _owner(key: str) -> str:
     return key.rpartition(".")[0]
 
@@ -226,11 +244,10 @@ def _save_sharded(
     ranks: dist.ProcessGroup,
 ) -> None:
     """`save_pretrained` of a model that is sharded over `ranks`, all of which call this."""
-    rank, entries = dist.get_rank(ranks), list[Entry]()
+    rank, entries = dist.get_rank(ranks), _agreed(model, format, ranks)
     with ExitStack() as stack:
 
         def begin() -> Path | None:
-            entries.extend(_entries(model, format))
             if rank != 0:
                 return None
             token = stack.enter_context(replacing(directory, overwrite)) / uuid.uuid4().hex

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lockstep.export import compressed_tensors, formats, hub
+from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError
 from lockstep.qat import learned
 from lockstep.qat.experts import Expert, QATExperts, layout_of
@@ -80,12 +82,36 @@ def stored_as(layers: Mapping[str, Layer], format: str | None) -> dict[str, str]
 
 def served_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the keys that transformers ties to others when it loads, and without the scales of
-    quantized layers, which are stored with their weights."""
-    left_out = set(getattr(model, "all_tied_weights_keys", None) or {})
+    quantized layers, which are stored with their weights.
+
+    Raises:
+        ExportError: what the config ties together has become two weights, of which an engine would serve one.
+    """
+    left_out = set(_tied(model))
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QATLinear):
             left_out |= {f"{name}.{scale}" for scale in (learned.KEY, "input_scale", "input_global_scale")}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in left_out}
+
+
+def _tied(model: Any) -> list[str]:
+    """The keys that are stored under another one."""
+    parameters, found = dict(model.named_parameters(remove_duplicate=False)), []
+    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        one, two = parameters.get(key), parameters.get(other)
+        if one is two or one is None or two is None or _same(one, two):
+            found.append(key)
+        elif getattr(model.config.get_text_config(), "tie_word_embeddings", True):
+            raise ExportError(
+                f"{key} has become another weight than {other}, to which the config ties it: an engine would serve the "
+                "latter for both. Set tie_word_embeddings=False in the model's config, or tie them again."
+            )
+    return found
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    plain = not (one.is_meta or two.is_meta or isinstance(one, DTensor) or isinstance(two, DTensor))
+    return plain and one.numel() > 0 and bitwise_equal(one.detach(), two.detach())
 
 
 def served_plain(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
