@@ -968,6 +968,8 @@ def test_a_fault_without_its_words_wrong_shows_in_the_outputs(tmp_path):
     assert wrong.equal < 0.5
     assert all(row.equal == 1 for row in report.layers if row is not wrong)
     assert report.end_to_end.max_logit_difference > 0
+    printed = re.findall(r"experts\.(\S+?)\.(w\d)(?:  (x\d))? +│", str(report))
+    assert [row for row in printed if row[1] == "w2"] == [("*", "w2", "x4"), ("*", "w2", "x3"), ("2", "w2", "")]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -29,7 +29,7 @@ from lockstep.loading import as_served
 from lockstep.qat import kv_cache
 from lockstep.qat.experts import Expert, QATExperts, by_expert
 from lockstep.qat.linear import QATLinear, compute_dtype
-from lockstep.qat.prepare import quantized_experts, quantized_modules, unwrapped
+from lockstep.qat.prepare import quantized_experts, quantized_modules, unwrapped, with_adapters_merged
 from lockstep.scheme import BLOCK, Scheme, TensorSpec, dtype_name
 
 # Rows of a layer's input that are computed again, in float64 and the classic way: enough for an error norm and a
@@ -54,7 +54,8 @@ def compare(
     they train. Model and checkpoint are left as they were.
 
     Args:
-        model: a prepared model (`lockstep.prepare`) holding the trained weights.
+        model: a prepared model (`lockstep.prepare`) holding the trained weights; with peft's adapters, what they are
+            merged into is compared.
         checkpoint: the exported folder.
         batch: what the model is called with: a mapping (``model(**batch)``) or a tensor.
         kernel: name of the true kernel: ``"reference"``, ``"vllm-marlin"`` and more (`lockstep.kernels.KERNELS`). Of
@@ -66,7 +67,11 @@ def compare(
         ValueError: the model is not prepared or is being calibrated, an input scale is not measured, a tensor is on
             ``meta``, or the batch reaches no quantized layer.
     """
-    model = unwrapped(model)
+    with with_adapters_merged(model) as served:
+        return _compare(unwrapped(served), checkpoint, batch, (kernel,) if isinstance(kernel, str) else kernel)
+
+
+def _compare(model: nn.Module, checkpoint: str | Path, batch: Batch, kernel_names: Sequence[str]) -> AlignmentReport:
     if not any((*quantized_modules(model), *quantized_experts(model))):
         raise ValueError(f"no layer of this {type(model).__name__} is prepared: call lockstep.prepare first.")
     layers = _once(quantized_layers(model))
@@ -78,7 +83,7 @@ def compare(
         raise ValueError(f"{observed[0]} is being calibrated, keys and values pass as they are: compare afterwards.")
     first = next(iter(layers.values()))
     served, device = first.scheme.weights.served_dtype, first.weight.device
-    true_kernels = _true_kernels((kernel,) if isinstance(kernel, str) else kernel, layers.values(), device)
+    true_kernels = _true_kernels(kernel_names, layers.values(), device)
     stored = Checkpoint(checkpoint)
     if not layers.keys() & {*stored.layers, *(name.removesuffix(".weight") for name in stored.tensors)}:
         raise CheckpointError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,14 @@ class AlignmentReport:
         verdict = Text("aligned", "bold green") if not failures else Text("NOT ALIGNED", "bold red")
         title = Text.assemble(verdict, f"  {describe_schemes(self)}, kernel {self.kernel}, {self.checkpoint}")
         classic = any(layer.classic_equal is not None for layer in self.layers)
-        table = Table()
+        legend = "err.: relative to float64, of the trainer's and of the true kernel's outputs"
+        legend += "; classic: bit-equal if dequantized tensors were multiplied" * classic
+        table = Table(caption=legend, caption_justify="left")
         table.add_column("layer", overflow="fold", ratio=1)
         table.add_column("weight")
         for header in ("bit-equal", *(("classic",) * classic), "ulps", "err. fake", "err. true"):
             table.add_column(header, justify="right", no_wrap=True)
-        for layer in self.layers:
+        for layer in _folded(self.layers):
             outputs = [f"{layer.equal:.3%}", str(layer.max_ulps), f"{layer.fake_error:.2e}", f"{layer.true_error:.2e}"]
             if classic:
                 outputs.insert(1, "" if layer.classic_equal is None else f"{layer.classic_equal:.0%}")
@@ -228,6 +231,40 @@ class AlignmentReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _folded(layers: Iterable[LayerAlignment]) -> list[LayerAlignment]:
+    """The rows to print: the experts of a module in one for each projection, but for those with a problem."""
+    rows: dict[str, list[LayerAlignment]] = {}
+    for layer in layers:
+        whole = layer.weight_equal and not layer.problem
+        rows.setdefault(re.sub(r"(\.experts)\.\d+\.", r"\1.*.", layer.name) if whole else layer.name, []).append(layer)
+    return [_together(name, alike) if len(alike) > 1 else alike[0] for name, alike in rows.items()]
+
+
+def _together(name: str, layers: Sequence[LayerAlignment]) -> LayerAlignment:
+    """One row of several: shares over all their outputs, the worst of the rest."""
+    first, outputs = layers[0], sum(layer.outputs for layer in layers)
+
+    def mean(value: str) -> float:
+        return sum(getattr(layer, value) * layer.outputs for layer in layers) / max(1, outputs)
+
+    return replace(
+        first,
+        name=f"{name}  x{len(layers)}",
+        outputs=outputs,
+        equal=mean("equal"),
+        max_ulps=max(layer.max_ulps for layer in layers),
+        difference=max(layer.difference for layer in layers),
+        fake_error=max(layer.fake_error for layer in layers),
+        true_error=max(layer.true_error for layer in layers),
+        classic_equal=None if all(layer.classic_equal is None for layer in layers) else _classic_of(layers),
+    )
+
+
+def _classic_of(layers: Sequence[LayerAlignment]) -> float:
+    known = [(layer.classic_equal, layer.outputs) for layer in layers if layer.classic_equal is not None]
+    return sum(share * outputs for share, outputs in known) / sum(outputs for _, outputs in known)
 
 
 def _kind(scheme: Scheme, k: int) -> str:
