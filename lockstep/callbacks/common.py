@@ -18,6 +18,12 @@ from lockstep.qat.observers import Observer, ObserverName
 from lockstep.qat.prepare import quantized_experts, quantized_modules
 from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
+# Why a callback refuses start_step.
+LATE_START = (
+    "start_step={start_step} adds to the model what the optimizer and checkpoints must know from the first step: leave "
+    "it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured ranges."
+)
+
 
 def stores_scales(scheme: Scheme | Sequence[Rule], cache: KVCacheSpec | None) -> bool:
     """Whether a model prepared so has measured ranges, of a layer's inputs or of its KV cache."""
@@ -62,6 +68,12 @@ def observing(model: nn.Module) -> dict[str, Observer]:
     """All that measure now, by names that a resumed run has too."""
     layers = {f"{name}.input": layer.observer for name, layer in quantized_modules(model) if layer.observer}
     return cast("dict[str, Observer]", layers) | kv_cache.observers_of(model)
+
+
+def snapshot(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What each observer has seen so far, in tensors of its own."""
+    found = observing(model).items()
+    return {name: {key: value.clone() for key, value in one.state_dict().items()} for name, one in found}
 
 
 def freeze(model: nn.Module) -> None:

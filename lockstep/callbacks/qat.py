@@ -103,11 +103,7 @@ class QATCallback(Callback):
         self._resumed: dict[str, dict[str, Tensor]] | None = None
         self._before_validation: dict[str, dict[str, Tensor]] = {}
         if start_step and (learned_scales or calibration_steps or common.stores_scales(self.scheme, self.kv_cache)):
-            raise ValueError(
-                f"start_step={start_step} adds to the model what the optimizer and checkpoints must know from the "
-                "first step: leave it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured "
-                "ranges."
-            )
+            raise ValueError(common.LATE_START.format(start_step=start_step))
         self._quantized = False
         self._logged_step = 0
         self._logged_codes: dict[str, Tensor] = {}
@@ -148,10 +144,7 @@ class QATCallback(Callback):
         self._restore_rotary(pl_module)
         self._follow_schedule(trainer, pl_module)
         self._calibrate(trainer, served_model(pl_module))
-        self._before_validation = {
-            name: {key: value.clone() for key, value in observer.state_dict().items()}
-            for name, observer in common.observing(served_model(pl_module)).items()
-        }
+        self._before_validation = common.snapshot(served_model(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what observers saw of it: which validations a resumed run repeats must not show in its ranges."""

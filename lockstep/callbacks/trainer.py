@@ -104,11 +104,7 @@ class QATTrainerCallback(TrainerCallback):
         self.calibration_steps = calibration_steps
         self.observer: ObserverName = observer
         if start_step and (learned_scales or calibration_steps or common.stores_scales(self.scheme, self.kv_cache)):
-            raise ValueError(
-                f"start_step={start_step} adds to the model what the optimizer and checkpoints must know from the "
-                "first step: leave it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured "
-                "ranges."
-            )
+            raise ValueError(common.LATE_START.format(start_step=start_step))
         self._acted = False
         self._quantized = False
         self._head: tuple[str, list[bool], Any] | None = None
@@ -289,16 +285,11 @@ class QATTrainerCallback(TrainerCallback):
 
     def _calibrate(self, model: nn.Module, state: TrainerState) -> None:
         """Measure ranges until `calibration_steps`, then freeze them."""
-        watching = common.observing(model)
-        if watching and state.global_step >= self.calibration_steps:
+        if common.observing(model) and state.global_step >= self.calibration_steps:
             common.freeze(model)
-            watching = {}
             if state.is_world_process_zero:
                 print(f"ranges of inputs, keys and values frozen at step {state.global_step}")
-        self._measured = {
-            name: {key: value.clone() for key, value in observer.state_dict().items()}
-            for name, observer in watching.items()
-        }
+        self._measured = common.snapshot(model)
 
     def _note_observers(
         self, model: nn.Module, args: TrainingArguments, state: TrainerState, control: TrainerControl
