@@ -8,7 +8,6 @@ Nothing is loaded: names, shapes and sizes come from the headers of the files an
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +19,10 @@ import torch
 
 from lockstep.export import formats, parallel
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
-from lockstep.export.convert import skeleton
+from lockstep.export.convert import other_class, skeleton
 from lockstep.export.directory import ExportError
 from lockstep.export.legality import check_exportable
-from lockstep.export.masters import INDEX, Stored, stored_tensors
+from lockstep.export.masters import INDEX, Stored, check_no_adapter, read_json, stored_tensors
 from lockstep.export.parallel import Shard, Weight
 from lockstep.export.served import quantized_layers, stored_as
 from lockstep.kernels import KERNELS, engines
@@ -67,6 +66,8 @@ class Inspection:
         from rich.text import Text
 
         parts: list[Any] = [Text(f"{self.folder}: {self.kind}")]
+        for label, messages in (("problem", self.problems), ("warning", self.warnings)):
+            parts += [Text(f"{label}: {message}") for message in _numberless(messages)]
         if self.report is not None:
             parts.append(self.report)
         if self.schemes:
@@ -88,19 +89,22 @@ class Inspection:
             title = f"One GPU, as {sources} cuts them" if sources else "One GPU"
             layers = Column("layers", overflow="fold")
             table = Table(layers, "cut along", "N x K of a GPU", "", title=title, title_justify="left")
-            for (pattern, cut, _, n, k, legal), ones in parallel.alike(self.shards).items():
+            cut_ones = [one for one in self.shards if one.n]  # of heads and numbers of experts there is a problem alone
+            for (pattern, cut, _, n, k, legal), ones in parallel.alike(cut_ones).items():
                 shown = f"{pattern}  x{len(ones)}" if len(ones) > 1 else ones[0].name
                 along = {"column": "outputs", "row": "inputs", "whole": "not cut"}[cut]
                 table.add_row(shown, along, f"{n} x {k}", "fits" if legal else "does not fit")
             parts.append(table)
         if self.kernels:
-            title = "Kernels registered for this, here (engines by GPU: docs/engines.md)"
-            table = Table("scheme", "kernel", "serves", "here", title=title, title_justify="left")
-            for cells in self.kernels:
+            here = [cells[:3] for cells in self.kernels if cells[3] == "yes"]
+            table = Table("scheme", "kernel", "serves", title="Kernels that run here", title_justify="left")
+            for cells in here:
                 table.add_row(*cells)
-            parts.append(table)
-        for label, messages in (("problem", self.problems), ("warning", self.warnings)):
-            parts += [Text(f"{label}: {message}") for message in _numberless(messages)]
+            if here:
+                parts.append(table)
+            if others := len(self.kernels) - len(here):
+                more = "`lockstep kernels` says why, docs/engines.md what engines do by GPU"
+                parts.append(Text(f"Registered kernels that do not run here: {others}; {more}."))
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -132,9 +136,12 @@ def inspect(
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
+        check_no_adapter(folder)
         raise ValueError(f"{folder} has no config.json: give a transformers folder.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
+    config = read_json(folder / "config.json")
+    if declared := config.get("quantization_config"):
+        if not isinstance(declared, dict):
+            raise ValueError(f"{folder / 'config.json'}: quantization_config is {declared!r}, and no JSON object.")
         if scheme is not None:
             raise ValueError(f"{folder} is quantized already: inspect it without a scheme.")
         return _quantized(folder, config, tp, ep)
@@ -191,7 +198,7 @@ def _masters(
         return Inspection(str(folder), kind, {}, sizes, warnings=tuple(warnings))
     model, _ = skeleton(folder)
     report = prepare(model, scheme, targets, ignore)
-    problems = []
+    problems = [problem] if (problem := other_class(model, folder)) else []
     try:
         check_exportable(model, format)
     except ExportError as error:
@@ -206,8 +213,8 @@ def _masters(
         for name, layer in layers.items()
     }
     shards = _shards(weights, model, tp, ep)
-    problems += [one.problem for one in shards if one.problem]
-    warnings += [one.warning for one in shards if one.warning]
+    problems += dict.fromkeys(one.problem for one in shards if one.problem)
+    warnings += dict.fromkeys(one.warning for one in shards if one.warning)
     left = 1 - report.quantized_share
     kind = f"not quantized; {left:.1%} of the parameters would stay as they are"
     schemes = dict.fromkeys(layer.scheme for layer in layers.values())
@@ -225,7 +232,8 @@ def _by_dtype(stored: Iterable[Stored]) -> dict[str, int]:
 def _shards(weights: Mapping[str, Weight], model: Any, tp: int, ep: int) -> tuple[Shard, ...]:
     plan = getattr(model, "tp_plan", None) or {}
     text = model.config.get_text_config() if model is not None else None
-    return tuple(parallel.shards(weights, tp, ep, plan, getattr(text, "num_key_value_heads", None) or 0))
+    heads, kv_heads = (getattr(text, f"num_{one}_heads", None) or 0 for one in ("attention", "key_value"))
+    return tuple(parallel.shards(weights, tp, ep, plan, kv_heads, heads))
 
 
 # Quantized -----------------------------------------------------------------------------------------------------------
@@ -238,12 +246,15 @@ def _quantized(folder: Path, config: Mapping[str, Any], tp: int, ep: int) -> Ins
     warnings = _without_tokenizer(folder)
     try:
         stored = stored_tensors(folder)
+        warnings += _size_mismatch(folder, stored)
     except ValueError as error:
         return Inspection(str(folder), named, problems=(str(error),), warnings=tuple(warnings))
-    warnings += _size_mismatch(folder, stored)
     try:
         checkpoint = Checkpoint(folder)
     except CheckpointError as error:
+        if "lockstep" in declared:
+            problem = f"written by Lockstep, and not as this version writes it: {error}"
+            return Inspection(str(folder), named, {}, _by_dtype(stored.values()), problems=(problem,))
         kind = f"{named}, which this version does not read ({error})"
         warnings.append("only sizes are shown, by dtype")
         return Inspection(str(folder), kind, {}, _by_dtype(stored.values()), warnings=tuple(warnings))
@@ -264,10 +275,13 @@ def _quantized(folder: Path, config: Mapping[str, Any], tp: int, ep: int) -> Ins
     model = _skeleton_or_none(config, warnings)
     linear = [name.removesuffix(".weight") for name in plain if _is_linear(name, stored)]
     shards = _shards(weights, model, tp, ep)
-    problems = [one.problem for one in shards if one.problem]
-    warnings += [one.warning for one in shards if one.warning]
+    problems = [*dict.fromkeys(one.problem for one in shards if one.problem)]
+    warnings += dict.fromkeys(one.warning for one in shards if one.warning)
     problems += _unlike_siblings(weights, linear)
-    warnings += _ignore_patterns(declared, [*weights], linear, bool(config.get("tie_word_embeddings")))
+    odd = _unusable_patterns(declared)
+    problems += [f"{folder / 'config.json'}, quantization_config: {one}" for one in odd]
+    if not odd:
+        warnings += _ignore_patterns(declared, [*weights], linear, bool(config.get("tie_word_embeddings")))
     if heads := [name for name in weights if name.rpartition(".")[2] == "lm_head"]:
         warnings.append(f"{heads[0]} is quantized: few engines have a kernel for the output layer, and it costs most.")
     schemes = dict.fromkeys(weight.scheme for weight in weights.values())
@@ -329,6 +343,25 @@ def _unlike_siblings(weights: Mapping[str, Weight], linear: Iterable[str]) -> li
     return found
 
 
+def _unusable_patterns(declared: Mapping[str, Any]) -> list[str]:
+    """What the names that a config leaves out hold that is neither a name nor a regex."""
+    found = []
+    for key in _IGNORED:
+        patterns = declared.get(key) or []
+        if not isinstance(patterns, list):
+            found.append(f"{key} is {patterns!r}, and no list of names.")
+            continue
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                found.append(f"{key} holds {pattern!r}, which is no name.")
+            elif pattern.startswith("re:"):
+                try:
+                    re.compile(pattern.removeprefix("re:"))
+                except re.error as error:
+                    found.append(f"{key} holds {pattern!r}, which is no regex: {error}.")
+    return found
+
+
 def _ignore_patterns(
     declared: Mapping[str, Any], quantized: Sequence[str], linear: Sequence[str], tied: bool
 ) -> list[str]:
@@ -367,10 +400,11 @@ def _without_tokenizer(folder: Path) -> list[str]:
 def _size_mismatch(folder: Path, stored: Mapping[str, Stored]) -> list[str]:
     if not (folder / INDEX).is_file():
         return []
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    said, found = index.get("metadata", {}).get("total_size"), sum(one.bytes for one in stored.values())
-    odd = [f"{INDEX} says {said:,} bytes, the files hold {found:,}."] if said is not None and said != found else []
-    if lost := sorted({*stored} - {*index.get("weight_map", {})}):
+    index = read_json(folder / INDEX)
+    metadata, found = index.get("metadata"), sum(one.bytes for one in stored.values())
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    odd = [f"{INDEX} says {said} bytes, the files hold {found:,}."] if said is not None and said != found else []
+    if lost := sorted({*stored} - {*(index.get("weight_map") or {})}):
         odd.append(f"{lost[0]} and {len(lost) - 1} more are stored, and {INDEX} does not name them.")
     return odd
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,21 @@ from lightning import LightningModule, Trainer
 from models import edit_json, tiny_llama, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import checkpoint as distributed
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 import lockstep
 from lockstep import Rule, Scheme
 from lockstep.callbacks import QATCallback
+from lockstep.cli import main
 from lockstep.export import Checkpoint, ExportError, save_pretrained
 from lockstep.export import convert as converting
 from lockstep.export.checkpoint import bitwise_equal
@@ -198,6 +208,25 @@ def test_small_files_come_along_and_weights_of_other_kinds_do_not(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_what_other_tools_left_beside_the_masters_stays_behind(tmp_path):
+    """An engine would read another quantization out of them, or an adapter that is not there."""
+    source = saved(tmp_path / "source")
+    foreign = ("adapter_config", "quantize_config", "quant_config", "hf_quant_config", "trainer_state")
+    for name in foreign:
+        (source / f"{name}.json").write_text("{}")
+    (source / "preprocessor_config.json").write_text("{}")
+    convert(source, tmp_path / "out", workers=1)
+    names = {path.stem for path in (tmp_path / "out").iterdir()}
+    assert not names & {*foreign}
+    assert "preprocessor_config" in names
+
+
+def test_small_sizes_are_not_shown_as_nothing(tmp_path, capsys):
+    source = saved(tmp_path / "source")
+    assert main(["export", str(source), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert re.search(r"written: \S+out, 1\.1\d MB from 2\.89 MB", capsys.readouterr().out)
+
+
 def test_several_workers_write_the_same_bits(tmp_path):
     source = saved(tmp_path / "source")
     convert(source, tmp_path / "out", "NVFP4A16", workers=2)
@@ -333,6 +362,64 @@ def test_what_lightning_saved_gives_what_the_callback_exported(scheme, tmp_path)
     assert_same(tmp_path / "out", tmp_path / "wanted")
 
 
+def two_models(folder: Path, *prefixes: str) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint that holds a model under each of the prefixes, each with weights of its own."""
+    models = {prefix: tiny_llama(seed=seed) for seed, prefix in enumerate(prefixes)}
+    state = {f"{prefix}{key}": one for prefix, model in models.items() for key, one in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "two.ckpt")
+    return folder / "two.ckpt", models
+
+
+@pytest.mark.parametrize(
+    "prefixes", [("teacher.", "student."), ("ema_model.", "model."), ("", "ema."), ("m.", "m.ema.")]
+)
+def test_of_two_models_in_a_checkpoint_one_must_be_named(prefixes, tmp_path):
+    """A teacher or an average of the weights has the same names and shapes, and would be served unnoticed."""
+    checkpoint, models = two_models(tmp_path, *prefixes)
+    described = saved(tmp_path / "described")
+    shown = " or ".join(f"--prefix {one or repr(one)}" for one in prefixes)
+    with pytest.raises(ExportError, match=rf"the model is stored 2 times, .* with prefix \({re.escape(shown)}\)"):
+        convert(checkpoint, tmp_path / "out", config_from=described, workers=1)
+    for number, (prefix, model) in enumerate(models.items()):
+        out = tmp_path / f"out{number}"
+        done = convert(checkpoint, out, config_from=described, prefix=prefix, workers=1)
+        lockstep.prepare(model, "W4A16")
+        assert_same(out, save_pretrained(model, tmp_path / f"wanted{number}"))
+        other = prefixes[1 - number]
+        assert len(done.left_out) == 21
+        assert all(name.startswith(other) for name in done.left_out)
+
+
+def test_a_prefix_without_its_dot_and_one_that_is_not_there(tmp_path):
+    checkpoint, models = two_models(tmp_path, "teacher.", "student.")
+    described = str(saved(tmp_path / "described"))
+    command = ["export", str(checkpoint), str(tmp_path / "out"), "--config_from", described, "--workers", "1"]
+    assert main([*command, "--prefix", "student"]) == 0
+    plain = tensors(tmp_path / "out")["model.embed_tokens.weight"]
+    assert torch.equal(plain, models["student."].model.embed_tokens.weight)
+    (tmp_path / "plain").mkdir()
+    checkpoint_of_two, _ = two_models(tmp_path / "plain", "ema.", "")
+    command[1:3] = [str(checkpoint_of_two), str(tmp_path / "third")]
+    assert main([*command, "--prefix", ""]) == 0
+    with pytest.raises(ExportError, match=r"prefix 'ema\.': .* not stored under it, but under teacher\. and student\."):
+        convert(checkpoint, tmp_path / "other", config_from=described, prefix="ema.", workers=1)
+
+
+def test_an_unfinished_conversion_of_the_other_model_is_not_gone_on_with(tmp_path, monkeypatch):
+    checkpoint, _ = two_models(tmp_path, "teacher.", "student.")
+    described = saved(tmp_path / "described")
+
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(converting, "_to_disk", full)
+    with pytest.raises(ExportError, match="What is done stands in"):
+        convert(checkpoint, tmp_path / "out", config_from=described, prefix="teacher", workers=1)
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match=r"prefix: teacher\. before, student\. now"):
+        convert(checkpoint, tmp_path / "out", config_from=described, prefix="student", workers=1)
+
+
 SHARDED = """
 import torch
 import torch.distributed as dist
@@ -381,6 +468,24 @@ def test_a_sharded_checkpoint_is_read_without_a_process_group(tmp_path):
     lockstep.prepare(model, "W8A8")
     assert_same(tmp_path / "out", save_pretrained(model, tmp_path / "wanted"))
     assert all(name.startswith("optimizer_0.") for name in done.left_out)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_damaged_distributed_checkpoint_is_named(tmp_path):
+    described = saved(tmp_path / "described")
+    folder = tmp_path / "dcp"
+    distributed.save(tiny_llama().state_dict(), checkpoint_id=folder, no_dist=True)
+    (data,) = folder.glob("*.distcp")
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{data.name} has [\d,]+ bytes, .metadata knows of [\d,]+"):
+        convert(folder, tmp_path / "out", config_from=described, workers=1)
+    data.write_bytes(bytes(len(whole)))
+    with pytest.raises(ExportError, match=r"cannot read model\.\S+ of \S+dcp"):
+        convert(folder, tmp_path / "out", config_from=described, workers=1)
+    (folder / ".metadata").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"cannot read \S+dcp/\.metadata"):
+        convert(folder, tmp_path / "out", config_from=described, workers=1)
 
 
 # Killed and started again --------------------------------------------------------------------------------------------
@@ -471,6 +576,71 @@ def test_other_arguments_and_changed_sources_are_refused(again, tmp_path):
         os.utime(source / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert str(partial) in str(caught.value)
     assert convert(source, out, "W4A16", workers=1).kept
+
+
+LAST = """
+import os, signal, sys
+from lockstep.export import convert as converting, directory
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[3] == "before":
+    directory._sync = kill
+else:
+    converting.shutil.rmtree = lambda path, **_: kill() if os.path.exists(sys.argv[2]) else None
+converting.convert(sys.argv[1], sys.argv[2], "W4A16", workers=1, overwrite=True)
+"""
+
+
+def killed_at_the_end(source: Path, out: Path, when: str) -> Path:
+    """What a kill leaves that comes ``before`` the folder takes its place, or ``after``."""
+    command = [sys.executable, "-c", LAST, str(source), str(out), when]
+    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return out.with_name(f".{out.name}.resumable")
+
+
+def test_a_kill_in_the_last_step_loses_nothing(tmp_path):
+    """The files stand in the new folder, which does not survive it, and must stand where they were too."""
+    source, out = saved(tmp_path / "source"), tmp_path / "out"
+    partial = killed_at_the_end(source, out, "before")
+    assert not out.exists()
+    done = convert(source, out, "W4A16", workers=1)
+    assert done.kept == 21
+    assert_same(out, in_memory(source, tmp_path / "wanted", "W4A16"))
+    assert not partial.exists()
+
+
+def test_a_kill_after_the_folder_took_its_place_leaves_it_alone(tmp_path):
+    """What stands beside it is the same file: nobody may write to that, with the same arguments or with others."""
+    source, out = saved(tmp_path / "source"), tmp_path / "out"
+    partial = killed_at_the_end(source, out, "after")
+    assert partial.exists()
+    before = (out / "model.safetensors").read_bytes()
+    out.rename(tmp_path / "served")
+    edited(source, lambda state: state[LAYER].mul_(2))
+    assert convert(source, out, "W8A16", workers=1).kept == 0
+    assert (tmp_path / "served" / "model.safetensors").read_bytes() == before
+    assert_same(out, in_memory(source, tmp_path / "wanted", "W8A16"))
+    assert not partial.exists()
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    source = saved(tmp_path / "source")
+    convert(source, tmp_path / "out", "W4A16", workers=1)
+    assert_same(tmp_path / "out", in_memory(source, tmp_path / "wanted", "W4A16"))
+
+
+@pytest.mark.parametrize("line", [b"7", b'{"key": "model.norm.weight"}', b'{"key": 1, "checksums": {}}', b"[1]"])
+def test_a_damaged_journal_is_named(line, again):
+    source, partial, out = again
+    with (partial / "done.jsonl").open("ab") as file:
+        file.write(b"\n" + line + b"\n\xff\xfe")
+    with pytest.raises(ExportError, match=r"done\.jsonl is damaged, it holds .*: remove \S+\.resumable to start"):
+        convert(source, out, "W4A16", workers=1)
 
 
 def test_a_worker_that_is_killed_leaves_what_is_done(tmp_path, monkeypatch):
@@ -577,3 +747,103 @@ def test_a_cache_that_is_not_measured_is_refused(tmp_path):
     for source in (plain, saved(tmp_path / "source", model)):
         with pytest.raises(ExportError, match=r"self_attn: the range of its keys and values is not measured"):
             convert(source, tmp_path / "out", "W4A16", kv_cache="fp8", workers=1)
+
+
+def llama4(folder: Path) -> Path:
+    """Text and images: transformers' causal language model of it is the text's alone."""
+    text = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 512}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 64}
+    vision |= {"projector_input_dim": 64, "projector_output_dim": 64}
+    config = Llama4Config(text_config=text | {"num_local_experts": 2}, vision_config=vision)
+    Llama4ForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def test_parts_of_a_multimodal_model_are_not_dropped(tmp_path, capsys):
+    """Neither if the config says of what they are a part, nor if it does not."""
+    source = llama4(tmp_path / "source")
+    message = "architectures names Llama4ForConditionalGeneration, .* is a Llama4ForCausalLM: parts of the model"
+    with pytest.raises(ExportError, match=message):
+        convert(source, tmp_path / "out", workers=1)
+    assert main(["inspect", str(source), "--scheme", "W4A16"]) == 1
+    assert "architectures names" in capsys.readouterr().out
+    edit_json(source / "config.json", lambda config: config.pop("architectures"))
+    with pytest.raises(ExportError, match=r"stores (multi_modal|vision)\S+ and 25 more that Llama4ForCausalLM has"):
+        convert(source, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_is_no_language_model_is_refused(tmp_path):
+    """A reward model's head, for one, is no part of what transformers makes here."""
+    source = saved(tmp_path / "source")
+    edit_json(source / "config.json", lambda config: config.update(architectures=["LlamaForSequenceClassification"]))
+    with pytest.raises(ExportError, match=r"architectures names LlamaForSequenceClassification, .* LlamaForCausalLM"):
+        convert(source, tmp_path / "out", workers=1)
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGED = {
+    "an index without a map": (INDEX, "{}", "index.json has no weight_map"),
+    "an index that is a list": (INDEX, "[]", r"index.json holds no JSON object, but \[\]"),
+    "a map that is a list": (INDEX, '{"weight_map": ["a"]}', r'index.json has a weight_map of \["a"\]'),
+    "a file that is a number": (INDEX, '{"weight_map": {"a": 7}}', "weight_map has 7 for a"),
+    "an index that is no text": (INDEX, "\udcff\udcfe", "index.json is no JSON"),
+    "a config that is a list": ("config.json", "[]", r"config.json holds no JSON object, but \[\]"),
+    "a config that is null": ("config.json", "null", "config.json holds no JSON object, but null"),
+    "a config that is a string": ("config.json", '"a"', 'config.json holds no JSON object, but "a"'),
+    "an empty config": ("config.json", "", "config.json is no JSON"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_json_is_named_by_both_commands(what, tmp_path, capsys):
+    """With exit code 2, and not with a traceback."""
+    name, text, message = DAMAGED[what]
+    source = saved(tmp_path / "source", max_shard_size="500KB")
+    (source / name).write_text(text, errors="surrogateescape")
+    for command in (["export", str(source), str(tmp_path / "out")], ["inspect", str(source)]):
+        assert main(command) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "abc", "Field 'hidden_size' expected int"),
+        ("num_attention_heads", 0, "ZeroDivisionError"),
+        ("dtype", "foo", "'foo'"),
+        ("hidden_act", "zzz", "KeyError: 'zzz'"),
+        ("model_type", "nonesuch", "nonesuch"),
+        ("hidden_size", None, "Field 'hidden_size' expected int"),
+        ("model_type", "llava", "Unrecognized configuration class .* with lockstep.export.save_pretrained"),
+    ],
+)
+def test_configs_that_transformers_rejects(field, value, message, tmp_path, capsys):
+    source = saved(tmp_path / "source")
+    edit_json(source / "config.json", lambda config: config.update({field: value}))
+    for command in (["export", str(source), str(tmp_path / "out")], ["inspect", str(source), "--scheme", "W4A16"]):
+        assert main(command) == 2
+        assert re.search(rf"config.json: transformers makes no causal .*{message}", capsys.readouterr().err)
+
+
+def test_a_damaged_generation_config_is_named(tmp_path):
+    source = saved(tmp_path / "source")
+    (source / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json holds no JSON object"):
+        convert(source, tmp_path / "out", workers=1)
+
+
+def test_an_adapter_is_no_model(tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    described = str(saved(tmp_path / "described"))
+    for command in (
+        ["inspect", str(folder)],
+        ["export", str(folder), str(tmp_path / "out"), "--config_from", described],
+    ):
+        assert main(command) == 2
+        assert "is an adapter of peft, for some/base, and no model: merge it" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def given(source: str) -> dict[str, Any]:
         "token_ids": ids,
         "dataset": [{"input_ids": row, "labels": row} for row in ids.repeat(4, 1)],
         "texts": datasets.Dataset.from_list([{"text": f"{number} times {number}"} for number in range(8)]),
-        "tokenizer": tokenizer() if "SFTTrainer" in source else Tokenizer(),
+        "tokenizer": tokenizer() if "processing_class=" in source else Tokenizer(),
         "data": DataLoader(ids.repeat(4, 1), batch_size=2),
         "train": lambda model: None,
         "codes": torch.zeros(64, 128, dtype=torch.int8),
@@ -144,7 +144,7 @@ def given(source: str) -> dict[str, Any]:
         model = tiny_llama()
         if exported and "prepare(" not in source:
             prepared(model)
-        if re.search(r'compare\(|Checkpoint\("out"\)', source):
+        if re.search(r'compare\(|Checkpoint\("out"\)', source) and "lockstep.prepare(" not in source:
             save_pretrained(model, "out")
         if ("trainer" in used and "train_dataset=" not in source) or "model.model" in source:
             holder = Language()

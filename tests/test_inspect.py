@@ -120,7 +120,7 @@ def test_experts_are_cut_or_dealt_out():
 
     cut = shards(down(2), tp=4)
     assert "192 inputs on each of 4 GPUs do not divide into groups of 128" in cut[0].problem
-    assert "tp / ep=2" in cut[0].problem
+    assert cut[0].problem.endswith("or ep=2 would fit.")
     assert not any(one.problem for one in shards(down(2), tp=4, ep=2))
     assert [one.problem for one in shards(down(6), tp=4, ep=4) if one.problem] == [
         "mlp.experts: 6 experts do not divide over ep=4."
@@ -137,6 +137,58 @@ def test_who_says_how_a_layer_is_cut():
     assert how_cut("model.layers.3.strange", plan)[0] is None
     (found,) = shards({"model.layers.3.strange": Weight(128, 128, G128, "pack-quantized")}, 2, plan=plan)
     assert "neither the model's tp_plan nor its name" in found.problem
+
+
+def remedies(problem: str) -> list[tuple[str, int | str]]:
+    """What a problem proposes: ``("group_size", 64)``, ``("tp", 4)``."""
+    found = re.findall(r"(group_size|strategy|tp|ep)=('?\w+'?) ?(?=or|would|$)", problem.rpartition(": ")[2])
+    return [(name, int(value) if value.isdigit() else value.strip("'")) for name, value in found]
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("format", ["pack-quantized", "gptq"])
+@pytest.mark.parametrize("n", [48, 96, 256, 512, 544])
+@pytest.mark.parametrize("k", [256, 512, 1408, 2816])
+def test_every_proposal_is_legal(n, k, format, tp):
+    """Each is tried: the layers that run as one cut so, in the same format."""
+    layers = {f"attn.{one}_proj": Weight(n, k, G128, format) for one in "qkv"}
+    layers["mlp.down_proj"] = Weight(k, n * 8, G128, format)
+    for one in shards(layers, tp, heads=8):
+        siblings = layers if one.name.startswith("attn.") else {"mlp.down_proj": layers["mlp.down_proj"]}
+        siblings = {name: layer for name, layer in siblings.items() if name.rpartition(".")[0] in one.name}
+        for name, value in remedies(one.problem) if one.n else ():
+            how: dict[str, Any] = {"group_size": None, "strategy": value} if name == "strategy" else {name: value}
+            scheme = G128 if name == "tp" else Scheme.preset("W4A16", **how)
+            changed = {name: layer._replace(scheme=scheme) for name, layer in siblings.items()}
+            degree = int(value) if name == "tp" else tp
+            assert not [other.problem for other in shards(changed, degree, heads=8 * (name == "tp")) if other.problem]
+
+
+def test_layers_that_run_as_one_are_one_message(tmp_path):
+    """Of q, k and v each GPU has the sum, and that is what a kernel is given."""
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=16
+    )
+    found = inspect(described(tmp_path / "model", config), Scheme.preset("W4A16", group_size=32), tp=4)
+    said = [one for one in found.problems if "layers.0.self_attn.q_proj" in one]
+    assert len(said) == 1
+    assert not [one for one in found.problems if "layers.0.self_attn.k_proj (" in one]
+    assert "q_proj, k_proj and v_proj as one, tp=4, ep=1, int4 g32" in said[0]
+    assert "each GPU gets 16 + 16 + 16 = 48 rows: N=48, K=256" in said[0]
+    assert remedies(said[0]) == [("tp", 2)]
+    assert str(found).count("16 + 16 + 16 = 48 rows") == 1
+
+
+def test_heads_that_do_not_divide_are_said(tmp_path):
+    """Each GPU gets whole heads, even where the rows of the weights would divide."""
+    config = LlamaConfig(**{**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 8192})
+    folder = described(tmp_path / "model", config)
+    (problem,) = inspect(folder, Scheme.preset("W4A16", group_size=32), tp=16).problems
+    assert problem == (
+        "8 attention heads and 2 of keys and values do not divide over tp=16: tp=1 or 2 or 4 or 8 would fit."
+    )
+    for tp in (1, 2, 4, 8):
+        assert not inspect(folder, Scheme.preset("W4A16", group_size=32), tp=tp).problems
 
 
 # Masters -------------------------------------------------------------------------------------------------------------
@@ -325,6 +377,65 @@ def test_a_quantized_head_and_a_truncated_file(tmp_path):
     (folder / "model.safetensors").write_bytes(content[:-1])
     assert re.search("truncated", inspect(folder).problems[0])
     assert main(["inspect", str(folder)]) == 1
+
+
+def corrupt(change: str, declared: dict[str, Any]) -> None:
+    match change:
+        case "no groups":
+            declared["config_groups"] = []
+        case "another strategy":
+            declared["config_groups"]["group_0"]["weights"]["strategy"] = "zzz"
+        case "no format":
+            declared.pop("format")
+        case "ignore that is no name":
+            declared["ignore"].append(7)
+        case "ignore that is no regex":
+            declared["ignore"].append("re:(")
+        case "ignore that is no list":
+            declared["ignore"] = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no groups", "config_groups has 0 groups"),
+        ("another strategy", "strategy='zzz'"),
+        ("no format", "format=None"),
+        ("ignore that is no name", "ignore holds 7, which is no name"),
+        ("ignore that is no regex", r"ignore holds 're:\(', which is no regex: missing \)"),
+        ("ignore that is no list", "ignore"),
+    ],
+)
+def test_a_corrupt_config_of_ours_is_a_problem(change, message, tmp_path, capsys):
+    folder = exported(tmp_path / "out")
+    edit_quantization(folder, lambda declared: corrupt(change, declared))
+    (problem,) = inspect(folder).problems
+    assert re.search(rf"out/config.json, quantization_config: .*{message}", problem)
+    assert main(["inspect", str(folder)]) == 1
+
+
+def test_a_config_that_declares_no_object(tmp_path, capsys):
+    folder = exported(tmp_path / "out")
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config="x"))
+    assert main(["inspect", str(folder)]) == 2
+    assert "config.json: quantization_config is 'x', and no JSON object" in capsys.readouterr().err
+
+
+def test_problems_come_first_and_kernels_that_do_not_run_are_counted(tmp_path):
+    folder = exported(tmp_path / "out", ignore=())
+    (folder / "tokenizer.json").unlink()
+    found = inspect(folder)
+    before = str(found).partition("┏")[0]
+    assert len(found.warnings) == 2
+    assert before.count("warning: ") == 2
+    names = {name for _, name, _, here in found.kernels if here == "yes"}
+    table = str(found).partition("Kernels that run here")[2]
+    assert names
+    assert all(name in table for name in names)
+    others = [name for _, name, _, here in found.kernels if here != "yes"]
+    assert not [name for name in others if re.search(rf"│ {re.escape(name)} +│", table)]
+    if others:
+        assert f"do not run here: {len(others)};" in table
 
 
 def test_what_is_no_folder_of_a_model(tmp_path, capsys):

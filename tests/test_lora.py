@@ -153,9 +153,24 @@ def test_peft_alone_on_a_prepared_model_trains_what_it_does_not_serve():
     refusal = r"q_proj trains FQ\(W\) \+ s \* B @ A.*call lockstep.qat.lora.adopt"
     with pytest.raises(TypeError, match=refusal), lora.merged(model):
         pass
+    with pytest.raises(TypeError, match=r"q_proj is within peft's own layer.*call lockstep.qat.lora.adopt"):
+        copy.deepcopy(model)(input_ids=IDS)
     lora.adopt(model)
+    model(input_ids=IDS)
     mended = logits(model)
     assert torch.equal(mended, logits(model.merge_and_unload()))
+
+
+def test_a_prepared_layer_that_peft_lets_go_trains_again():
+    """Merged without training, taken out, or prepared anew: the layer is no other than before."""
+    model = peft.get_peft_model(prepared(tiny_llama(), "W4A16"), config())
+    twin = trained(copy.deepcopy(model))
+    for freed in (model.unload(), twin.merge_and_unload()):
+        assert {type(layer) for _, layer in quantized_modules(freed)} == {QATLinear}
+        freed.requires_grad_(True)(input_ids=IDS).logits.sum().backward()
+    model = peft.get_peft_model(prepared(tiny_llama(), "W4A16"), config())
+    lockstep.prepare(model, "W4A16")
+    assert {type(layer) for _, layer in quantized_modules(model)} == {AdaptedLinear}
 
 
 def test_safe_merge_changes_no_bit_and_finds_nan():
@@ -315,6 +330,16 @@ def test_an_adapter_that_changes_before_the_backward_is_found():
         y.sum().backward()
 
 
+def test_a_base_that_changes_before_the_backward_is_found():
+    model = adapted()
+    up_proj = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
+    loss = model(input_ids=IDS).logits.float().mean()
+    with torch.no_grad():
+        up_proj._parameters["weight"].mul_(2)
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp.up_proj: the base was changed in place"):
+        loss.backward()
+
+
 # Merged: the ways there -----------------------------------------------------------------------------------------------
 
 
@@ -381,6 +406,28 @@ def test_what_is_not_quantized_is_merged_too_and_put_back():
     )
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trained_tokens_are_merged_into_the_embedding(tied, tmp_path):
+    """``trainable_token_indices``: rows of the embedding, and by peft of a tied head too."""
+    base = prepared(tiny_llama(tie_word_embeddings=tied), "W4A16")
+    model = trained(lora.get_peft_model(base, config(trainable_token_indices=[1, int(IDS[0, 0])])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    expected = logits(model)
+    lockstep.export.save_pretrained(model, tmp_path / "in-place")
+    assert torch.equal(logits(model), expected)
+    merged = model.merge_and_unload()
+    assert torch.equal(logits(merged), expected)
+    lockstep.export.save_pretrained(merged, tmp_path / "merged")
+    assert same_files(tmp_path / "in-place", tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], merged.model.embed_tokens.weight)
+    assert not torch.equal(stored["model.embed_tokens.weight"], tiny_llama().model.embed_tokens.weight)
+    assert ("lm_head.weight" in stored) is not tied
+
+
 def test_a_model_is_copied_with_its_adapters():
     model = adapted()
     twin = copy.deepcopy(model)
@@ -419,6 +466,99 @@ def test_what_has_no_exact_merged_weight_is_refused_by_name(fields, message, fir
         model = peft.get_peft_model(tiny_llama(attention_bias=True), config(target_modules=["q_proj"], **fields))
     with pytest.raises(ValueError, match=r"q_proj: (adapter 'default' has lora_dropout|lora_bias, DoRA)"):
         lora.prepare(model, "W4A16")
+
+
+def state_of(model: nn.Module) -> Any:
+    """What a refused call must leave as it was: modules, their classes and attributes, parameters and their flags."""
+    modules = [(name, id(one), type(one), sorted(vars(one))) for name, one in model.named_modules()]
+    parameters = [
+        (name, id(one), one.requires_grad, one.data_ptr())
+        for name, one in model.named_parameters(remove_duplicate=False)
+    ]
+    return modules, parameters, [name for name, _ in model.named_buffers()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"modules_to_save": ["embed_tokens"]}, "model.embed_tokens"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, "model.embed_tokens"),
+    ],
+    ids=["lora-head", "lora-embedding", "whole-head", "whole-embedding", "both-apart"],
+)
+@pytest.mark.filterwarnings("ignore:Model has .tie_word", "ignore:Model with .tie_word", "ignore:.*ensure_weight_tying")
+def test_one_end_of_a_tie_does_not_train_by_itself(fields, name):
+    """Merged, both ends of the tie would have the adapter, or neither; the model is as it was."""
+    message = rf"^{name} is trained by itself, but its weight is tied to .*tie_word_embeddings = False"
+    model = prepared(tiny_llama(tie_word_embeddings=True), "W4A16")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        lora.get_peft_model(model, config(**fields))
+    assert state_of(model) == before
+
+    by_peft = peft.get_peft_model(tiny_llama(tie_word_embeddings=True), config(**fields))
+    before = state_of(by_peft)
+    with pytest.raises(ValueError, match=message):
+        lockstep.prepare(by_peft, "W4A16")
+    assert state_of(by_peft) == before
+    on_prepared = peft.get_peft_model(model, config(**fields))
+    before = state_of(on_prepared)
+    with pytest.raises(ValueError, match=message):
+        lora.adopt(on_prepared)
+    assert state_of(on_prepared) == before
+
+
+def test_a_tie_that_both_ends_keep_is_served_and_so_is_a_head_of_its_own(tmp_path):
+    base = prepared(tiny_llama(tie_word_embeddings=True), "W4A16")
+    both = config(modules_to_save=["lm_head", "embed_tokens"], ensure_weight_tying=True)
+    model = trained(lora.get_peft_model(base, both))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save.default.weight += 1
+    with lora.merged(model) as served:
+        assert served.lm_head.weight is served.model.embed_tokens.weight
+        assert torch.equal(logits(served), logits(model))
+
+    untied = tiny_llama(tie_word_embeddings=True)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.config.tie_word_embeddings = False
+    model = trained(lora.get_peft_model(prepared(untied, "W4A16"), config(target_modules=["q_proj", "lm_head"])))
+    lockstep.export.save_pretrained(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["model.embed_tokens.weight"], untied.model.embed_tokens.weight)
+    assert torch.equal(stored["lm_head.weight"], model.merge_and_unload().lm_head.weight)
+
+
+@pytest.mark.parametrize("refused", ["dropout", "learned_scales", "reuse", "another_kind"])
+def test_a_refused_preparation_leaves_the_adapted_model_as_it_was(refused):
+    settings = config(lora_dropout=0.1 if refused == "dropout" else 0.0)
+    if refused == "another_kind":
+        settings = peft.LoHaConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(), settings)
+    before = state_of(model)
+    options = {"learned_scales": {"learned_scales": True}, "reuse": {"reuse": "codes"}}.get(refused, {})
+    with pytest.raises((ValueError, TypeError)):
+        lockstep.prepare(model, "W4A16", **options)
+    assert state_of(model) == before
+    if refused not in ("dropout", "another_kind"):  # nor does a second call that fails undo the first
+        lockstep.prepare(model, "W4A16")
+        expected = logits(model)
+        before = state_of(model)
+        with pytest.raises(ValueError, match="q_proj"):
+            lockstep.prepare(model, "W4A16", **options)
+        assert state_of(model) == before
+        assert torch.equal(logits(model), expected)
+
+
+def test_layers_that_share_a_master_are_merged_into_none(tmp_path):
+    """``layer_replication``: peft would add the adapters of both layers to the one weight that they share."""
+    model = trained(lora.get_peft_model(prepared(tiny_llama(), "W4A16"), config(layer_replication=[(0, 2), (0, 1)])))
+    with pytest.raises(ValueError, match=r"q_proj: layer_replication: layers share this weight"):
+        model.merge_and_unload()
+    with lora.merged(model) as served:
+        assert torch.equal(logits(served), logits(model))
 
 
 def test_bases_whose_weight_is_not_theirs_alone_are_refused():
@@ -558,6 +698,22 @@ def test_experts_of_which_the_adapters_came_first_are_adopted():
     torch.manual_seed(0)
     model = trained(peft.get_peft_model(mixtral(FP32), experts_config()))
     lora.prepare(model, "W4A16")
+    expected = logits(model)
+    assert torch.equal(logits(model.merge_and_unload()), expected)
+
+
+def test_peft_alone_on_prepared_experts_does_not_train():
+    """Its forward adds the adapter in one operation, its merge in two: in bf16 other weights."""
+    settings = experts_config()
+    settings.target_modules = set()
+    model = trained(peft.get_peft_model(prepared(mixtral(BF16), "W4A16"), settings))
+    logits(model)
+    with pytest.raises(TypeError, match=r"experts is within peft's own layer.*call lockstep.qat.lora.adopt"):
+        model(input_ids=IDS)
+    twin = copy.deepcopy(model).merge_and_unload()
+    twin.requires_grad_(True)(input_ids=IDS).logits.sum().backward()
+    lora.adopt(model)
+    model(input_ids=IDS).logits.sum().backward()
     expected = logits(model)
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
@@ -841,6 +997,18 @@ def test_nf4_is_served_on_another_grid_only_by_who_accepts_the_gap(masters, tmp_
     assert lockstep.align.compare(report.model, tmp_path / "int4", batch).aligned
 
 
+def test_requantizing_names_the_adapter_that_it_does_not_merge(masters):
+    for fields, message in (
+        ({"use_dora": True}, r"layers.0.self_attn.q_proj: lora_bias, DoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head has an adapter and is not NF4"),
+    ):
+        model = four_bit(masters, **fields)
+        before = logits(model)
+        with pytest.raises(ValueError, match=message):
+            lora.requantize(model, "W4A16", {"input_ids": IDS}, max_kl=10.0)
+        assert torch.equal(logits(model), before)
+
+
 def test_four_bits_of_another_kind_are_refused(masters):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -947,7 +1115,8 @@ def test_prepare_and_the_export_take_a_peft_model_as_it_is(tmp_path):
 
 
 def test_a_frozen_mixture_is_saved_under_the_names_that_engines_know(tmp_path):
-    model = tiny_moe(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1)
+    # o_proj has num_attention_heads * head_dim inputs, which groups of 128 must divide.
+    model = tiny_moe(hidden_size=128, moe_intermediate_size=128, num_attention_heads=4, num_hidden_layers=1)
     lockstep.prepare(model, "W4A16", ignore=["lm_head", "re:.*experts$"])
     lockstep.export.save_pretrained(model, tmp_path / "base")
     adapter.save_frozen(adapter.freeze(model), tmp_path / "again")

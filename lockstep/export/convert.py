@@ -42,7 +42,7 @@ from lockstep.export import formats, hub
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import EXPORTED, ExportError, check_destination, replacing
 from lockstep.export.legality import check_exportable, check_measured
-from lockstep.export.masters import TYPES, Part, Stored, release, stored_tensors
+from lockstep.export.masters import TYPES, Part, Stored, read_json, release, stored_tensors
 from lockstep.export.save import check_finite, checked, file_names, parse_bytes, quantization_config, write_folder
 from lockstep.export.served import (
     Layer,
@@ -64,6 +64,11 @@ CHUNK = 2**21  # weights quantized at a time: the temporaries of more fall out o
 WORKERS = 2  # at most, if nobody asks for another number: with them all processes together stay below 2 GiB
 _SCALES = (".weight_scale", ".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 _STATE, _DONE = "arguments.json", "done.jsonl"
+# Small files beside masters that would tell engines another quantization, or a peft model; and what a trainer noted.
+_FOREIGN = (
+    *("adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    "trainer_state.json",
+)
 _CODES = {dtype: code for code, dtype in TYPES.items()}
 
 
@@ -97,6 +102,7 @@ def convert(
     *,
     config_from: str | Path | None = None,
     kv_cache: str | None = None,
+    prefix: str | None = None,
     max_shard_size: int | str = "5GB",
     workers: int | None = None,
     overwrite: bool = False,
@@ -118,6 +124,8 @@ def convert(
         format: a name in `formats.FORMATS`, or None or ``"auto"``: each layer in the format of its own scheme.
         config_from: the transformers folder with the config and the tokenizer, for a checkpoint that has none.
         kv_cache: what keys and values are served as, a name in `lockstep.qat.kv_cache.SPECS`; None: as they are.
+        prefix: of a checkpoint that holds the model more than once, such as a teacher and a student: what stands
+            before the names of the one to export, such as ``"student."``. Default: it is found if there is but one.
         max_shard_size: bytes of a file, or a string such as ``"500MB"`` (decimal units). It does not change the memory.
         workers: how many processes, each with one torch thread; 1: this one. Default: as many as there are cores, at
             most `WORKERS`. A script that asks for several needs ``if __name__ == "__main__":``.
@@ -126,7 +134,9 @@ def convert(
 
     Raises:
         ExportError: what `lockstep.export.save_pretrained` refuses; a tensor that the model needs is not stored, or
-            one stored that it does not know; an unfinished conversion there that had other arguments or sources.
+            one stored that it does not know; the config names another class than that of the causal language model;
+            a checkpoint with several models, or none, under that `prefix`; an unfinished conversion there that had
+            other arguments or sources.
         ValueError, TypeError: no such source, config, scheme or format; what `lockstep.prepare` refuses.
     """
     check_destination(directory, overwrite)
@@ -137,6 +147,8 @@ def convert(
     described = Path(config_from) if config_from is not None else source
     stored = stored_tensors(source)
     model, loaded = skeleton(described, stored if source.is_dir() and described == source else None)
+    if problem := other_class(model, described):
+        raise ExportError(problem)
     report = prepare(model, scheme, targets, ignore)
     if kv_cache is not None:
         from lockstep.qat.kv_cache import prepare_kv_cache
@@ -144,11 +156,13 @@ def convert(
         prepare_kv_cache(model, kv_cache)
     check_exportable(model, format)
     wants = wanted(model)
-    stored, left_out = _named_as(wants, stored)
+    stored, left_out, found = _named_as(wants, stored, prefix)
+    if source.is_dir() and not (source / ".metadata").is_file():
+        _check_left_out(model, source, left_out)
     pieces, more = _pieces(model, wants, stored, loaded, format)
     left_out = (*left_out, *more)
     shards = _shards(pieces, limit)
-    arguments = _arguments(model, stored, loaded, format, limit)
+    arguments = _arguments(model, stored, loaded, format, limit) | {"prefix": found}
 
     target = Path(directory).expanduser().absolute()
     partial = target.with_name(f".{target.name}.resumable")
@@ -159,6 +173,7 @@ def convert(
             places = {place.name: place for shard in shards.values() for place in shard}
             tasks = [[_Task(piece, piece.placed(places, partial)) for piece in task] for task in _as_one(pieces)]
             kept = _run(tasks, done, partial, workers or min(WORKERS, len(os.sched_getaffinity(0))), progress)
+            _to_disk(partial, shards)
         except ExportError as error:
             # Started again it would end here again.
             if not isinstance(error, _Resumable):
@@ -172,9 +187,10 @@ def convert(
         files = [(name, [one.name for one in held], sum(one.bytes for one in held)) for name, held in shards.items()]
         served = next(iter(quantized_layers(model).values())).scheme.weights.served_dtype
         write_folder(model, incomplete, files, quantization_config(model, format), served)
-        for name in shards:  # last, since what stands in `incomplete` does not survive a kill
-            (partial / name).rename(incomplete / name)
-        shutil.rmtree(partial)
+        for name in shards:
+            _link(partial / name, incomplete / name)
+    # Not before the folder took its place: what stands in `incomplete` does not survive a kill.
+    shutil.rmtree(partial, ignore_errors=True)
     read = sum(piece.source.bytes for piece in pieces)
     written = sum(size for _, _, size in files)
     return Conversion(target, report, read, written, kept, tuple(left_out))
@@ -189,6 +205,7 @@ def export_command(
     format: str | None = None,
     config_from: str | None = None,
     kv_cache: str | None = None,
+    prefix: str | None = None,
     max_shard_size: str = "5GB",
     workers: int | None = None,
     overwrite: bool = False,
@@ -205,20 +222,32 @@ def export_command(
         format: how to store it; default: each layer in the format of its own scheme.
         config_from: the transformers folder with config and tokenizer, for a checkpoint that has none.
         kv_cache: what keys and values are served as, such as fp8; their scales stand in the folder.
+        prefix: what stands before the model's names in a checkpoint that holds several, such as student.
         max_shard_size: of a file, such as 500MB.
         workers: how many processes, each of some 0.5 GiB; default: 2, or 1 if there is but one core.
         overwrite: replace an earlier export.
     """
 
-    how = {"config_from": config_from, "kv_cache": kv_cache, "max_shard_size": max_shard_size, "workers": workers}
-    done = convert(model, out, scheme, targets, ignore, format, overwrite=overwrite, **how)  # type: ignore[arg-type]
+    done = convert(
+        *(model, out, scheme, targets, ignore, format),
+        config_from=config_from,
+        kv_cache=kv_cache,
+        prefix=prefix,
+        max_shard_size=max_shard_size,
+        workers=workers,
+        overwrite=overwrite,
+    )
     show(done.report)
     if done.left_out:
         print(f"left out, the model has no place for them: {len(done.left_out)} tensors, {done.left_out[0]} for one")
     if done.kept:
         print(f"kept of an earlier run: {done.kept} tensors")
-    print(f"written: {done.directory}, {done.written / 1e9:,.2f} GB from {done.read / 1e9:,.2f} GB")
+    print(f"written: {done.directory}, {_size(done.written)} from {_size(done.read)}")
     return 0
+
+
+def _size(bytes: int) -> str:
+    return f"{bytes / 1e9:,.2f} GB" if bytes >= 1e9 else f"{bytes / 1e6:,.2f} MB"
 
 
 # The model without its weights ----------------------------------------------------------------------------------------
@@ -237,24 +266,60 @@ def skeleton(folder: Path, stored: Mapping[str, Stored] | None = None) -> tuple[
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ValueError(
             f"{folder} has no config.json: name the transformers folder with config and tokenizer (config_from)."
         )
+    if found := read_json(path).get("quantization_config"):
+        raise ValueError(
+            f"{folder} is quantized already ({path.name} has quantization_config {str(found)[:40]!r}): convert the "
+            "masters that it was made of."
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
-            raise ValueError(f"{folder} is quantized already: convert the masters that it was made of.")
+        nested = bool(getattr(config.get_text_config(), "quantization_config", None))
         dtype = config.dtype
         if dtype is None:
             dtype = next((one.dtype for one in (stored or {}).values() if one.dtype.is_floating_point), torch.float32)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is none of torch's.")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"cannot read a transformers config from {folder}: {error}") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # a config's values are used all over a model: what one of them breaks raises anything
+        lines = [line.strip() for line in str(error).splitlines()] or ["no reason is given"]
+        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise ValueError(
+            f"{path}: transformers makes no causal language model of it ({type(error).__name__}: {said[:300]}). A "
+            "model of another kind is exported loaded, with lockstep.export.save_pretrained."
+        ) from error
+    if nested:
+        raise ValueError(f"{folder} is quantized already: convert the masters that it was made of.")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # as above
+            raise ValueError(f"{generation}: transformers rejects it: {str(error)[:300]}.") from error
     return model, None if stored is None else dtype
+
+
+def other_class(model: nn.Module, folder: Path) -> str:
+    """Why a skeleton is not the model that `folder` was saved of, or empty: its config names another class.
+
+    A multimodal model's, for one, of which transformers makes the language model alone.
+    """
+    named = read_json(folder / "config.json").get("architectures") or []  # a skeleton's config may be a part of it
+    ours = type(model).__name__
+    if not named or ours in named:
+        return ""
+    return (
+        f"{folder / 'config.json'}: architectures names {', '.join(map(str, named))}, and the causal language model "
+        f"that transformers makes of it is a {ours}: parts of the model, such as those for images, would be lost. "
+        "Export the loaded model with lockstep.export.save_pretrained; or, if the language model is what you want, "
+        f"save it as a {ours} of its own."
+    )
 
 
 # What becomes of it --------------------------------------------------------------------------------------------------
@@ -344,21 +409,59 @@ def wanted(model: nn.Module) -> list[Want]:
     return found
 
 
-def _named_as(wants: Sequence[Want], stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """What is stored, without the prefix that a trainer's module puts before the model's names; what is outside it.
+def _named_as(
+    wants: Sequence[Want], stored: Mapping[str, Stored], prefix: str | None
+) -> tuple[dict[str, Stored], tuple[str, ...], str]:
+    """What is stored, without the prefix that a trainer's module puts before the model's names; what is outside it; it.
 
-    ExportError if no prefix leads to most of the model.
+    ExportError if no prefix leads to most of the model, or several do and none is asked for.
     """
     known = {name for want in wants for name in (want.name, want.key)}
-    counts = Counter(prefix for name in stored if (prefix := _prefix(name, known)) is not None)
-    ((prefix, count),) = counts.most_common(1) or [("", 0)]
-    if 2 * count < len({want.key for want in wants}):
+    counts = Counter(found for name in stored if (found := _prefix(name, known)) is not None)
+    models = [one for one, count in counts.items() if 2 * count >= len({want.key for want in wants})]
+    if not models:
+        count = max(counts.values(), default=0)
         raise ExportError(
             f"of the {len(wants)} tensors of the model, {wants[0].name} for one, only {count} are stored; "
             f"found are names such as {', '.join(list(stored)[:3])}: is this the config of another model?"
         )
-    inside = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
-    return inside, tuple(name for name in stored if not name.startswith(prefix))
+    if prefix is None and len(models) > 1:
+        ways = " or ".join(f"--prefix {one or repr(one)}" for one in models)
+        raise ExportError(
+            f"the model is stored {len(models)} times, under {_listed(models)}, for one as {models[0]}{wants[0].name}: "
+            f"say which to export with prefix ({ways})."
+        )
+    asked = models[0] if prefix is None else f"{prefix.rstrip('.')}." if prefix else ""
+    if asked not in models:
+        raise ExportError(f"prefix {prefix!r}: the model is not stored under it, but under {_listed(models)}.")
+    others = tuple(one for one in models if len(one) > len(asked))  # which may begin with it, as all do with none
+    inside = [name for name in stored if name.startswith(asked) and not name.startswith(others)]
+    outside = {*stored} - {*inside}
+    return (
+        {name.removeprefix(asked): stored[name] for name in inside},
+        tuple(name for name in stored if name in outside),
+        asked,
+    )
+
+
+def _listed(prefixes: Iterable[str]) -> str:
+    return " and ".join(one or "no prefix at all" for one in prefixes)
+
+
+def _check_left_out(model: nn.Module, folder: Path, left_out: Sequence[str]) -> None:
+    """ExportError if a transformers folder stores what the model has no place for, beyond what transformers drops."""
+    if lost := [name for name in left_out if not _known_to_be_left_out(model, name)]:
+        raise ExportError(
+            f"{folder} stores {lost[0]} and {len(lost) - 1} more that {type(model).__name__} has no place for, and "
+            "they would be lost: they are of a larger model, such as one for images too. Export that, loaded, with "
+            "lockstep.export.save_pretrained; or save the language model as a folder of its own."
+        )
+
+
+def _known_to_be_left_out(model: nn.Module, name: str) -> bool:
+    """Whether transformers drops a stored tensor too, or it is one of the frequencies in checkpoints of long ago."""
+    patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    return any(re.search(one, name) for one in patterns)
 
 
 def _prefix(name: str, known: set[str]) -> str | None:
@@ -415,10 +518,7 @@ def _pieces(
         how = (scheme, by_layer[owner], _shares(want.layer), learnt, None if measured is None else measured.item())
         pieces.append(Piece(want.name, found, held, held, True, writes, *how))
     left_out = [name for name in stored if name not in used]
-    # What transformers leaves out too, and the frequencies that checkpoints of long ago hold.
-    patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    known = [name for name in left_out if name.endswith(_SCALES) or any(re.search(one, name) for one in patterns)]
-    if unknown := [name for name in left_out if name not in known]:
+    if unknown := [name for name in left_out if not name.endswith(_SCALES) and not _known_to_be_left_out(model, name)]:
         raise ExportError(
             f"{unknown[0]} and {len(unknown) - 1} more are stored, and {type(model).__name__} has no place for them."
         )
@@ -611,7 +711,7 @@ def _arguments(
 def _begin(partial: Path, arguments: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The tensors that an earlier run with the same arguments finished in `partial`, by key, and their checksums."""
     path = partial / _STATE
-    if not path.is_file():
+    if not path.is_file() or _is_finished(partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         beside = partial / f"{_STATE}.new"
@@ -627,13 +727,32 @@ def _begin(partial: Path, arguments: Mapping[str, Any]) -> dict[str, dict[str, i
             f"an unfinished conversion stands in {partial}, which differs in {'; '.join(differs[:3])}. Start it with "
             "the same arguments to go on, or remove that folder to start from the beginning."
         )
+    return _journal(partial / _DONE)
+
+
+def _is_finished(partial: Path) -> bool:
+    """Whether a kill came after the folder took its place: its files are those here, and must not be written to."""
+    return any(path.stat().st_nlink > 1 for path in partial.glob("*.safetensors"))
+
+
+def _journal(path: Path) -> dict[str, dict[str, int]]:
+    """The checksums of what was finished. ExportError if a line is none that was written here."""
     done: dict[str, dict[str, int]] = {}
-    for line in (partial / _DONE).read_text().splitlines() if (partial / _DONE).is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:  # the kill came while it was written
             continue
-        done[entry["key"]] = entry["checksums"]
+        try:
+            key, checksums = entry["key"], entry["checksums"]
+            if not isinstance(key, str) or not isinstance(checksums, dict):
+                raise TypeError(f"no name or no checksums in {entry}")
+        except (TypeError, KeyError) as error:
+            raise _Resumable(
+                f"{path} is damaged, it holds {line[:60].decode(errors='replace')!r}: remove {path.parent} to start "
+                "from the beginning."
+            ) from error
+        done[key] = checksums
     return done
 
 
@@ -660,11 +779,29 @@ def _create(partial: Path, shards: Mapping[str, Sequence[Place]]) -> None:
             file.truncate(size)
 
 
+def _to_disk(partial: Path, shards: Iterable[str]) -> None:
+    """Wait until the files are on the disk, so that no more than their names is left to be written."""
+    for path in (*(partial / name for name in shards), partial):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name. A file system without such gives it another one: then a kill loses it from here on."""
+    try:
+        os.link(file, name)
+    except OSError:
+        file.rename(name)
+
+
 def _copy_small_files(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and the like; not what is written here, and no weights of any kind."""
+    """Tokenizer, chat template and the like; not what is written here, nothing `_FOREIGN`, no weights of any kind."""
     for path in source.iterdir():
         ours = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in EXPORTED - {".safetensors"} and not ours:
+        if path.is_file() and path.suffix in EXPORTED - {".safetensors"} and not ours and path.name not in _FOREIGN:
             shutil.copyfile(path, target / path.name)
 
 

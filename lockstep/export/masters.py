@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,9 +111,18 @@ def _distributed(stored: Distributed) -> Tensor:
     found = torch.empty(stored.shape, dtype=stored.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
-        reader = checkpoint.FileSystemReader(stored.path.parent)
-        checkpoint.load({stored.key: found}, storage_reader=reader, no_dist=True)
+        try:
+            reader = checkpoint.FileSystemReader(stored.path.parent)
+            checkpoint.load({stored.key: found}, storage_reader=reader, no_dist=True)
+        except (Exception, checkpoint.CheckpointException) as error:  # the latter, of several ranks, is none
+            failures = getattr(error, "failures", None) or {0: (error, None)}
+            first = _first_line(next(iter(failures.values()))[0])
+            raise OSError(f"cannot read {stored.key} of {stored.path.parent}: {first}") from error
     return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def release() -> None:
@@ -125,7 +135,7 @@ def stored_tensors(source: Path) -> dict[str, Stored]:
 
     Raises:
         ValueError: it is no folder of safetensors files or of ``torch.distributed.checkpoint``, and no file of
-            ``torch.save``; a file of it is missing, truncated or of another kind.
+            ``torch.save``; a file of it is missing, truncated or of another kind; its index maps no tensors to files.
     """
     if source.is_file():
         return _of_torch_save(source)
@@ -138,9 +148,10 @@ def stored_tensors(source: Path) -> dict[str, Stored]:
     if (source / "model.safetensors").is_file():  # which transformers reads even where there is an index too
         paths, weight_map = [source / "model.safetensors"], {}
     elif (source / INDEX).is_file():
-        weight_map = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_weight_map(source / INDEX)
         paths = sorted({source / name for name in weight_map.values()})
     else:
+        check_no_adapter(source)
         held = ", ".join(sorted(path.name for path in source.iterdir())[:5]) or "nothing"
         raise ValueError(
             f"{source} has no model.safetensors and no {INDEX} (it holds {held}): save the model with "
@@ -152,6 +163,41 @@ def stored_tensors(source: Path) -> dict[str, Stored]:
     if lost := [name for name in weight_map if name not in found]:
         raise ValueError(f"{source / INDEX} lists {lost[0]}, which no file holds.")
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. ValueError if it cannot be read or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, but {json.dumps(content)[:40]}.")
+    return content
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says. ValueError if it says none."""
+    content = read_json(index)
+    found = content.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        said = "has no weight_map" if found is None else f"has a weight_map of {json.dumps(found)[:40]}"
+        raise ValueError(f"{index} {said}, which names the file of each tensor: it is damaged, or another file's.")
+    if odd := [name for name, file in found.items() if not isinstance(file, str)]:
+        raise ValueError(f"{index}: weight_map has {json.dumps(found[odd[0]])[:40]} for {odd[0]}, which is no file.")
+    return found
+
+
+def check_no_adapter(folder: Path) -> None:
+    """ValueError if `folder` has no model, but an adapter of peft."""
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is an adapter of peft, for {base or 'a model that it does not name'}, and no model: merge it "
+            "(merge_and_unload) and save that, or give the folder of the base model."
+        )
 
 
 def _of_safetensors(path: Path) -> dict[str, Stored]:
@@ -177,8 +223,8 @@ def _of_torch_save(path: Path) -> dict[str, Stored]:
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # what torch raises differs by what the file is
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"cannot read {path} as a file of torch.save with tensors and plain data: {first}") from error
+        what = "a file of torch.save with tensors and plain data"
+        raise ValueError(f"cannot read {path} as {what}: {_first_line(error)}") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     if not tensors:
@@ -198,9 +244,22 @@ def _of_distributed(folder: Path) -> dict[str, Stored]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    path = folder / ".metadata"
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+        entries = metadata.state_dict_metadata
+        ends: dict[str, int] = {}
+        for place in (metadata.storage_data or {}).values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    except Exception as error:  # it is unpickled: what that raises differs by what the file is
+        raise ValueError(f"cannot read {path} as that of torch.distributed.checkpoint: {_first_line(error)}") from error
+    for name, end in sorted(ends.items()):
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size is None or size < end:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise ValueError(f"{folder / name} {found}, {path.name} knows of {end:,} in it: it was not saved whole.")
     return {
-        name: Distributed(folder / ".metadata", entry.properties.dtype, tuple(entry.size), name)
+        name: Distributed(path, entry.properties.dtype, tuple(entry.size), name)
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }

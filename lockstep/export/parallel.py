@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lockstep.export import formats
@@ -19,7 +19,7 @@ from lockstep.scheme import BLOCK, RULES, Scheme
 
 Cut = Literal["column", "row", "whole"]
 PLAN, NAMES = "transformers' tp_plan", "the names that engines know"
-_DEGREES = (1, 2, 4, 8, 16, 32)
+_DEGREES = (64, 32, 16, 8, 4, 2, 1)  # that are proposed, the most GPUs first
 _NAMES: dict[Cut, tuple[str, ...]] = {
     "column": (
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "lm_head"),
@@ -55,10 +55,32 @@ class Shard:
     warning: str = ""
 
 
+class Degrees(NamedTuple):
+    """Over how many GPUs what is cut: `tp` share each layer, in `ep` groups that share the experts.
+
+    `plan` is transformers', `heads` and `kv_heads` are the model's; 0: unknown. `eps` are the numbers of groups over
+    which the experts can be dealt out.
+    """
+
+    tp: int
+    ep: int = 1
+    plan: Mapping[str, str] = {}
+    heads: int = 0
+    kv_heads: int = 0
+    eps: tuple[int, ...] = ()
+
+
 def shards(
-    weights: Mapping[str, Weight], tp: int, ep: int = 1, plan: Mapping[str, str] | None = None, kv_heads: int = 0
+    weights: Mapping[str, Weight],
+    tp: int,
+    ep: int = 1,
+    plan: Mapping[str, str] | None = None,
+    kv_heads: int = 0,
+    heads: int = 0,
 ) -> list[Shard]:
     """What a GPU has of each of the quantized `weights`, and whether the engines' kernels take it.
+
+    What a problem proposes instead was cut by the same function, and fits.
 
     Args:
         weights: by the names that engines know, experts one by one (``...experts.3.down_proj``).
@@ -66,21 +88,65 @@ def shards(
         ep: groups of them that share the experts; 1: each expert is cut over all of them.
         plan: transformers' ``model.tp_plan``; where it has no word for a layer, its name decides.
         kv_heads: key and value heads, which are repeated where there are fewer than GPUs; 0: unknown.
+        heads: attention heads, of which each GPU gets whole ones; 0: unknown.
 
     Raises:
         ValueError: a degree below 1, or an `ep` that does not divide `tp`.
     """
     if tp < 1 or ep < 1 or tp % ep:
         raise ValueError(f"tp={tp}, ep={ep}: degrees are 1 or more, and the groups of experts divide the GPUs.")
-    found = []
+    eps = tuple(one for one in range(1, tp + 1) if tp % one == 0 and not _uneven_experts(weights, one))
+    degrees = Degrees(tp, ep, plan or {}, heads, kv_heads, eps)
+    found = _uneven_heads(degrees)
     for siblings in run_as_one(weights):
-        cuts = {name: how_cut(name, plan or {}) for name in siblings}
-        degrees = {name: _degree(name, tp, ep, kv_heads) for name in siblings}
-        # Engines put the outputs of siblings below one another, each GPU those that it has.
-        together = sum(weights[name].n // degrees[name] for name in siblings if cuts[name][0] == "column")
-        for name in siblings:
-            found.append(_shard(name, weights[name], *cuts[name], degrees[name], together, f"tp={tp}, ep={ep}"))
+        found += _as_one({name: weights[name] for name in siblings}, degrees)
     return [*found, *_uneven_experts(weights, ep)]
+
+
+def _as_one(weights: Mapping[str, Weight], degrees: Degrees) -> list[Shard]:
+    """The shards of layers that engines run as one, with what would fit instead of one that does not."""
+    found = []
+    for one in _cut(weights, degrees):
+        if one.problem and one.source:  # of one that nobody knows how to cut there is nothing to propose
+            fits = " or ".join(_remedies(one.name, weights, degrees))
+            one = replace(one, problem=f"{one.problem}{f': {fits} would fit' * bool(fits)}.")
+        found.append(one)
+    return found
+
+
+def _remedies(name: str, weights: Mapping[str, Weight], degrees: Degrees) -> list[str]:
+    """The group sizes, the most GPUs and the fewest groups of experts with which all of `weights` can be cut."""
+
+    def fits(others: Mapping[str, Weight], degrees: Degrees) -> bool:
+        heads = [] if ".experts." in name else _uneven_heads(degrees)
+        return not any(one.problem for one in (*_cut(others, degrees), *heads))
+
+    scheme = weights[name].scheme
+    spec, found = scheme.weights, []
+    for strategy, size in RULES[spec.scale_rule].groupings if scheme.activations is None else ():
+        if (strategy, size) == (spec.strategy, spec.group_size):
+            continue
+        other = replace(scheme, weights=replace(spec, strategy=strategy, group_size=size))
+        changed = {one: each._replace(scheme=other) if each.scheme == scheme else each for one, each in weights.items()}
+        if fits(changed, degrees):
+            found.append(f"group_size={size}" if size else f"strategy={strategy!r}")
+    experts = ".experts." in name
+    groups = (ep for ep in degrees.eps if experts and ep > degrees.ep and fits(weights, degrees._replace(ep=ep)))
+    if (ep := next(groups, None)) is not None:
+        return [*found, f"ep={ep}"]
+    ep = degrees.ep if experts else 1  # of which the other layers know nothing
+    fewer = (one for one in _DEGREES if one < degrees.tp and one % ep == 0)
+    legal = (one for one in fewer if fits(weights, degrees._replace(tp=one, ep=ep)))
+    return [*found, *(f"tp={one}" for one in legal)][: len(found) + 1]
+
+
+def _cut(weights: Mapping[str, Weight], degrees: Degrees) -> list[Shard]:
+    """The shards of layers that engines run as one, each with its problem, of which the last words are missing."""
+    cuts = {name: how_cut(name, degrees.plan) for name in weights}
+    over = {name: _degree(name, degrees) for name in weights}
+    # Engines put the outputs of siblings below one another, each GPU those that it has.
+    rows = {name: weight.n // over[name] for name, weight in weights.items() if cuts[name][0] == "column"}
+    return [_shard(name, weights, *cuts[name], over[name], rows, degrees) for name in weights]
 
 
 def how_cut(name: str, plan: Mapping[str, str]) -> tuple[Cut | None, str]:
@@ -102,78 +168,97 @@ def without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def _degree(name: str, tp: int, ep: int, kv_heads: int) -> int:
+def _degree(name: str, degrees: Degrees) -> int:
     """Over how many GPUs a layer is cut: keys and values over no more than there are heads of them."""
     if ".experts." in name:
-        return tp // ep
-    few = kv_heads and tp % kv_heads == 0 and name.rpartition(".")[2] in ("k_proj", "v_proj")
-    return min(tp, kv_heads) if few else tp
+        return degrees.tp // degrees.ep
+    kv_heads = degrees.kv_heads
+    few = kv_heads and degrees.tp % kv_heads == 0 and name.rpartition(".")[2] in ("k_proj", "v_proj")
+    return min(degrees.tp, kv_heads) if few else degrees.tp
 
 
-def _shard(name: str, weight: Weight, cut: Cut | None, source: str, degree: int, together: int, degrees: str) -> Shard:
+def _shard(
+    name: str,
+    weights: Mapping[str, Weight],
+    cut: Cut | None,
+    source: str,
+    degree: int,
+    rows: Mapping[str, int],
+    degrees: Degrees,
+) -> Shard:
+    weight = weights[name]
+    n, k, scheme = weight.n, weight.k, weight.scheme
     if cut is None:
         problem = (
             f"{name}: neither the model's tp_plan nor its name says how engines cut it: name it in ignore, or serve "
             "it on one GPU."
         )
-        return Shard(name, "whole", "", weight.n, weight.k, problem if degree > 1 else "")
-    n, k = weight.n, weight.k
-    by = "tp / ep" if ".experts." in name else "tp"
+        return Shard(name, "whole", "", n, k, problem if degree > 1 else "")
+    where = f"{name} ({n} x {k}, tp={degrees.tp}, ep={degrees.ep}), {scheme}"
     if cut == "row":
-        k, problem = k // degree, _row_problem(weight, degree, by)
+        k, problem = k // degree, _row_problem(weight, degree)
     elif cut == "column":
-        n, problem = n // degree, _column_problem(weight, degree, by)
+        n, problem = n // degree, _column_problem(weight, degree)
     else:
         problem = ""
-    rows = together if cut == "column" else n
-    if not problem and (reason := formats.find(weight.format).problem(rows, k, weight.scheme)):
-        problem = f"each GPU gets {reason}"
-    where = f"{name} ({weight.n} x {weight.k}, {degrees}), {weight.scheme}"
     if problem:
-        return Shard(name, cut, source, n, k, f"{where}: {problem}.")
-    packed = weight.scheme.weights.format in ("int4", "int8") and weight.scheme.activations is None
-    tile = marlin.problem(rows, k, weight.scheme.weights) if packed else None
-    refused = f"{where}: each GPU gets {tile}; SGLang and vLLM up to 0.22 refuse that, later ones fill it up."
+        return Shard(name, cut, source, n, k, f"{where}: {problem}")
+    together, gets = n, "each GPU gets"
+    alike = {one.scheme for one in weights.values()} == {scheme}
+    if cut == "column" and len(rows) > 1 and alike:  # one message for all of them: it is the same of each
+        together = sum(rows.values())
+        where = f"{_joined(list(rows))} as one, tp={degrees.tp}, ep={degrees.ep}, {scheme}"
+        gets = f"each GPU gets {' + '.join(map(str, rows.values()))} = {together} rows:"
+    if reason := formats.find(weight.format).problem(together, k, scheme):
+        return Shard(name, cut, source, n, k, f"{where}: {gets} {reason}")
+    packed = scheme.weights.format in ("int4", "int8") and scheme.activations is None
+    tile = marlin.problem(together, k, scheme.weights) if packed else None
+    refused = f"{where}: {gets} {tile}; SGLang and vLLM up to 0.22 refuse that, later ones fill it up."
     return Shard(name, cut, source, n, k, "", refused if tile else "")
 
 
-def _row_problem(weight: Weight, degree: int, by: str) -> str:
-    """Why a weight cannot be cut over `degree` GPUs along K, with what would fit; empty if it can.
+def _joined(names: Sequence[str]) -> str:
+    """Siblings, of which the first has its whole name: ``model.layers.0.self_attn.q_proj, k_proj and v_proj``."""
+    *most, last = (names[0], *(name.rpartition(".")[2] for name in names[1:]))
+    return f"{', '.join(most)} and {last}"
 
-    `by` is what the degree is called.
-    """
+
+def _row_problem(weight: Weight, degree: int) -> str:
+    """Why a weight cannot be cut over `degree` GPUs along K; empty if it can."""
     spec, inputs = weight.scheme.weights, weight.scheme.activations
     size = BLOCK if spec.strategy == "block" else spec.group_size or 1
     if inputs is not None:
         size = max(size, inputs.group_size or 1)  # powers of two: the larger one holds the smaller
     whole, rest = divmod(weight.k, degree)
-    if not rest and whole % size == 0:
-        return ""
-    groupings = RULES[spec.scale_rule].groupings if inputs is None and not rest else ()
-    fits = [f"group_size={one}" for _, one in groupings if one and whole % one == 0]
-    fits += ["strategy='channel'"] * (("channel", None) in groupings)
-    fits += [f"{by}={_fewer(weight.k, size, degree)}"]
-    what = f"{weight.k} inputs do not divide over {degree} GPUs"
-    if not rest:
-        what = f"{whole} inputs on each of {degree} GPUs do not divide into groups of {size}"
-    return f"{what}: {' or '.join(fits)} would fit"
+    if rest:
+        return f"{weight.k} inputs do not divide over {degree} GPUs"
+    return "" if whole % size == 0 else f"{whole} inputs on each of {degree} GPUs do not divide into groups of {size}"
 
 
-def _column_problem(weight: Weight, degree: int, by: str) -> str:
+def _column_problem(weight: Weight, degree: int) -> str:
     """The same along N, where only blocks and the weight's own rows must not be cut."""
     size = BLOCK if weight.scheme.weights.strategy == "block" and degree > 1 else 1
     whole, rest = divmod(weight.n, degree)
-    if not rest and whole % size == 0:
-        return ""
-    what = f"{weight.n} outputs do not divide over {degree} GPUs"
-    if not rest:
-        what = f"{whole} outputs on each of {degree} GPUs are no whole blocks of {size}"
-    return f"{what}: {by}={_fewer(weight.n, size, degree)} would fit"
+    if rest:
+        return f"{weight.n} outputs do not divide over {degree} GPUs"
+    return "" if whole % size == 0 else f"{whole} outputs on each of {degree} GPUs are no whole blocks of {size}"
 
 
-def _fewer(length: int, size: int, degree: int) -> int:
-    """The most GPUs, but fewer than `degree`, of which each gets whole groups or blocks of `size`."""
-    return max((one for one in _DEGREES if one < degree and length % (one * size) == 0), default=1)
+def _uneven_heads(degrees: Degrees) -> list[Shard]:
+    """A problem if the GPUs do not get whole heads each, or an equal number of GPUs each of the heads to repeat."""
+
+    def fits(tp: int) -> bool:
+        kv_heads = degrees.kv_heads or degrees.heads
+        return degrees.heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+    if not degrees.heads or fits(degrees.tp):
+        return []
+    legal = [str(one) for one in range(1, min(degrees.heads, _DEGREES[0]) + 1) if fits(one)]
+    heads = f"{degrees.heads} attention heads"
+    if degrees.kv_heads not in (0, degrees.heads):
+        heads += f" and {degrees.kv_heads} of keys and values"
+    problem = f"{heads} do not divide over tp={degrees.tp}: tp={' or '.join(legal)} would fit."
+    return [Shard("attention heads", "whole", NAMES, 0, 0, problem)]
 
 
 def _uneven_experts(weights: Mapping[str, Weight], ep: int) -> list[Shard]:

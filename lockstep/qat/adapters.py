@@ -6,7 +6,7 @@ merged into it; `FrozenLora` belongs around `FrozenLinear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, cast
@@ -22,7 +22,7 @@ from lockstep.kernels.scaled_mm import without_autocast
 from lockstep.qat import learned
 from lockstep.qat.experts import DOWN, GATED, PLAIN, QATExperts, qat_class
 from lockstep.qat.linear import QATLinear, compute_dtype
-from lockstep.qat.prepare import unwrapped
+from lockstep.qat.prepare import WRAPPED, unwrapped
 from lockstep.scheme import Scheme
 
 try:
@@ -30,7 +30,7 @@ try:
     from peft.tuners.lora import Linear as PeftLinear
     from peft.tuners.lora import ParamWrapper as PeftParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 except ImportError as error:
     raise ImportError(f"LoRA needs peft ({error}): pip install peft.") from error
 
@@ -96,7 +96,7 @@ class AdaptedLinear(QATLinear):
             return super().forward(input)
         if base is not None and base.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{self.qualified_name}: the base under an adapter is frozen: call requires_grad_(False).")
-        merged = self.weight
+        merged, version = self.weight, _version(base)
         where = (merged.data_ptr(), merged.shape, merged.dtype)
 
         # What the linear layer's own Function keeps of the merged weight is how to make it again.
@@ -104,7 +104,13 @@ class AdaptedLinear(QATLinear):
             return None if (kept.data_ptr(), kept.shape, kept.dtype) == where else kept
 
         def unpack(kept: Tensor | None) -> Tensor:
-            return self.adapter[0].merged_weight(names) if kept is None else kept
+            if kept is not None:
+                return kept
+            if self._parameters["weight"] is base and _version(base) != version:
+                raise RuntimeError(
+                    f"{self.qualified_name}: the base was changed in place between the forward and its backward."
+                )
+            return self.adapter[0].merged_weight(names)
 
         self._merged = merged
         try:
@@ -118,6 +124,10 @@ class AdaptedLinear(QATLinear):
         how = (self.scheme if quantizes else None, tuple(self.adapter[0].scaling[name] for name in names))
         stored = self.stored_scale() if quantizes else None
         return _LowRankGradient.apply(y, input.to(compute_dtype(input)), stored, how, *self.adapter[0].factors(names))
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class _LowRankGradient(torch.autograd.Function):
@@ -165,6 +175,8 @@ class MergedLora(PeftLinear):
             adapters in one batch; a base that trains, reuses its weight or has learned scales.
     """
 
+    replicated = False  # whether another layer has the same master
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: peft.LoraConfig, **kwargs: Any) -> None:
         if kwargs.get("parameter_name") is not None:
             raise ValueError(
@@ -177,6 +189,7 @@ class MergedLora(PeftLinear):
         """Add an adapter. ValueError for one that cannot be merged exactly."""
         name = getattr(_base(self), "qualified_name", "") or kwargs.get("target_name", "")
         _check_config(name, config)
+        self.replicated = self.replicated or bool(config.layer_replication)
         with self._master():
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -219,6 +232,11 @@ class MergedLora(PeftLinear):
         `safe_merge` refuses NaN and infinity, and unlike in peft changes no bit: there it rounds ``s * B @ A`` to the
         base's dtype before it is added.
         """
+        if self.replicated:
+            raise ValueError(
+                f"{_base(self).qualified_name}: layer_replication: layers share this weight, and each would merge its "
+                "adapter into it: export within lockstep.qat.lora.merged(model), which merges into none."
+            )
         with self._master() as base, torch.no_grad(), without_autocast(base.weight.device):
             names = [name for name in adapter_names or self.active_adapters if name in self.lora_A]
             if safe_merge and not self.merged_weight(names).isfinite().all():
@@ -242,7 +260,7 @@ class MergedLora(PeftLinear):
 
     def _adapt(self) -> None:
         base = _base(self)
-        if type(base) is QATLinear:
+        if type(base) in (QATLinear, WithinPeft):
             _check_prepared(base)
             base.__class__ = AdaptedLinear
         if isinstance(base, AdaptedLinear) and base.adapter != (self,):
@@ -389,6 +407,8 @@ class ParamWrapper(PeftParamWrapper):  # peft knows it by this name
 
     def _adapt(self) -> None:
         experts: Any = _base(self)
+        if issubclass(type(experts), ExpertsWithinPeft):
+            disown(experts)
         ours = issubclass(type(experts), AdaptedExperts)
         if issubclass(type(experts), QATExperts) and not ours:
             experts.__class__, experts.adapters, ours = _adapted_class(cast(Any, type(experts))), {}, True
@@ -408,12 +428,64 @@ class ParamWrapper(PeftParamWrapper):  # peft knows it by this name
             experts.__class__ = was
 
 
+class WithinPeft(QATLinear):
+    """A `QATLinear` within a layer of peft's own, which adds its adapter to the quantized base: it does not train.
+
+    `lockstep.qat.lora.adopt` makes an `AdaptedLinear` of it, and peft's ``unload`` a `QATLinear` again.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `QATLinear`. TypeError if gradients are on."""
+        _check_no_training(self.qualified_name)
+        return super().forward(input)
+
+
+class ExpertsWithinPeft(QATExperts):
+    """As `WithinPeft`, for `QATExperts`: peft's forward rounds the sum otherwise than its merge."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `QATExperts`. TypeError if gradients are on."""
+        _check_no_training(self.qualified_name)
+        return super().forward(*args, **kwargs)
+
+
+@cache
+def _within_peft_class(experts: Any) -> type[QATExperts]:
+    return type(f"WithinPeft{experts.__name__}", (ExpertsWithinPeft, experts), {})
+
+
+def _check_no_training(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise TypeError(
+            f"{name} is within peft's own layer, which trains another sum than the FQ(W + s * B @ A) that merging "
+            "gives: call lockstep.qat.lora.adopt(model) before training, or make the model with "
+            "lockstep.qat.lora.get_peft_model (where another library makes it, pass it lora.register(config)). To "
+            "evaluate it as it is, use torch.no_grad()."
+        )
+
+
+def refuse_within_peft(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Let a prepared `child` train within `parent` only if that is no layer of peft's own."""
+    # Nothing else tells a prepared layer what is around it, and once peft has merged, nothing tells how the weight was
+    # trained.
+    kind: Any = type(child)
+    if isinstance(parent, BaseTunerLayer):
+        if isinstance(parent, MergedLora | ParamWrapper):
+            return
+        if kind is QATLinear:
+            child.__class__ = WithinPeft  # type: ignore[union-attr]
+        elif issubclass(kind, QATExperts) and not issubclass(kind, AdaptedExperts | ExpertsWithinPeft):
+            child.__class__ = _within_peft_class(kind)  # type: ignore[union-attr]
+    elif issubclass(kind, WithinPeft | ExpertsWithinPeft) and name not in WRAPPED:
+        disown(child)
+
+
 def disown(base: Any) -> None:
     """Give a base that no adapter is around any more its own class."""
-    if issubclass(type(base), AdaptedLinear):
+    if issubclass(type(base), AdaptedLinear | WithinPeft):
         base.__class__ = QATLinear
         vars(base).pop("adapter", None)
-    elif issubclass(type(base), AdaptedExperts):
+    elif issubclass(type(base), AdaptedExperts | ExpertsWithinPeft):
         base.__class__ = qat_class(base.plain_class)
         vars(base).pop("adapters", None)
 
@@ -572,7 +644,74 @@ def plain(module: nn.Module) -> nn.Module:
     if isinstance(module, ModulesToSaveWrapper):
         active = [] if module.disable_adapters else module.active_adapters
         return module.modules_to_save[active[0]] if active else module.original_module
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_base_layer()
     return module
+
+
+def check_ties(model: nn.Module) -> None:
+    """ValueError if adapters train one of two layers that share a weight, and so cannot be merged into it."""
+    ends: dict[int, list[tuple[str, nn.Module, Hashable]]] = {}
+    for name, base, trains in _trained(unwrapped(model), ""):
+        if (weight := base._parameters.get("weight")) is not None:
+            ends.setdefault(id(weight), []).append((name, base, trains))
+    for tied, group in ends.items():
+        # Quantized layers compute merged weights of their own, of one master too.
+        if len({trains for *_, trains in group}) > 1 and not all(isinstance(base, QATLinear) for _, base, _ in group):
+            name = next(name for name, _, trains in group if trains != tied)
+            other = next(other for other, *_ in group if other != name)
+            raise ValueError(
+                f"{name} is trained by itself, but its weight is tied to {other}: merged, both or neither would have "
+                f"it. Leave {name} out of target_modules and modules_to_save, or before training give it a weight of "
+                "its own, model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone()) for a head, and "
+                "set model.config.tie_word_embeddings = False."
+            )
+
+
+def _trained(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Hashable]]:
+    """Names and modules of the model without adapters, and an identity of the weight that each multiplies with."""
+    for leaf, child in parent._modules.items():
+        name = f"{prefix}{leaf}"
+        if isinstance(child, ModulesToSaveWrapper):
+            trains = dict(plain(child).named_modules())
+            for inner, one in child.original_module.named_modules():
+                yield f"{name}.{inner}".rstrip("."), one, id(trains[inner]._parameters.get("weight"))
+        elif isinstance(child, BaseTunerLayer | TrainableTokensWrapper):
+            layer: Any = child.token_adapter if isinstance(child, TrainableTokensWrapper) else child
+            base = layer.get_base_layer()
+            active = not layer.disable_adapters and {*layer.active_adapters} & layer._get_available_adapters()
+            # peft ties adapters of tokens too
+            own = id(getattr(layer, "tied_adapter", None) or layer)
+            yield name, base, own if active else id(base._parameters.get("weight"))
+        elif child is not None:
+            yield name, child, id(child._parameters.get("weight"))
+            yield from _trained(child, f"{name}.")
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """If the block raises, give every module of `model` back its class, attributes and submodules, and every parameter
+    its tensor; what was changed within tensors stays."""
+    modules = [
+        (one, type(one), {**vars(one)}, {**one._parameters}, {**one._buffers}, {**one._modules})
+        for one in model.modules()
+    ]
+    parameters = [(one, one.data, one.requires_grad) for one in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, *own in modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            now: Any
+            for now, then in zip((module._parameters, module._buffers, module._modules), own, strict=True):
+                now.clear()
+                now.update(then)
+        for parameter, data, trains in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trains)
+        raise
 
 
 def replace(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:

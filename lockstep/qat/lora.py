@@ -36,8 +36,10 @@ from lockstep.qat.adapters import (
     FrozenLora,
     MergedLora,
     ParamWrapper,
+    as_it_was,
     base_layers,
     check_layer,
+    check_ties,
     disown,
     peft,
 )
@@ -78,7 +80,8 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, mode: Mode = "merg
             peft's default makes fp32 masters of them.
 
     Raises:
-        ValueError: the model is no base for `mode`; `config` asks for what its arithmetic does not have.
+        ValueError: the model is no base for `mode`; `config` asks for what its arithmetic does not have; in mode
+            ``merged``, an adapter on one end of tied weights. The modules of the model are as they were.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}.")
@@ -86,7 +89,11 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, mode: Mode = "merg
     if mode == "frozen-grid" and config.target_modules == "all-linear":  # for peft these are nn.Linear alone
         frozen = (name for name, one in model.named_modules() if isinstance(one, FrozenLinear))
         config.target_modules = sorted({name.rpartition(".")[2] for name in frozen})
-    return peft.get_peft_model(model, register(config), **options)  # type: ignore[arg-type]
+    with as_it_was(model):
+        made = peft.get_peft_model(model, register(config), **options)  # type: ignore[arg-type]
+        if mode == "merged":
+            check_ties(made)
+    return made  # type: ignore[return-value]
 
 
 def register(config: peft.LoraConfig) -> peft.LoraConfig:
@@ -94,8 +101,8 @@ def register(config: peft.LoraConfig) -> peft.LoraConfig:
 
     Loading needs it too: ``PeftModel.from_pretrained(base, folder, config=register(config))``, with
     ``config = LoraConfig.from_pretrained(folder)``.
-    Without it peft puts its own layer around a `QATLinear`, which trains ``FQ(W) + s * B @ A``, another model than
-    the one that merging gives: `adopt` mends that, and `merged` refuses it.
+    Without it peft puts its own layer around a `QATLinear`, which adds to the grid, ``FQ(W) + s * B @ A``: another
+    model than the one that merging gives. It raises when it is to train; `adopt` mends it.
     """
     config._register_custom_module({QATLinear: MergedLora, QATExperts: ParamWrapper, FrozenLinear: FrozenLora})
     return config
@@ -145,13 +152,15 @@ def prepare(
 
     Raises:
         ValueError, TypeError: see `lockstep.prepare`; `options` or adapters that merged mode does not have.
+
+    Nothing is changed when it raises.
     """
-    try:
+    check_ties(model)
+    with as_it_was(model):
         with base_layers(model) as base:
             for module in base.modules():
                 disown(module)
             report = prepare_plain(base, scheme, targets, ignore, **options)
-    finally:
         adopt(model)
     return report
 
@@ -160,7 +169,7 @@ def adopt(model: nn.Module) -> None:
     """Make the layers that peft put around a `QATLinear` train on the merged weight.
 
     Raises:
-        ValueError, TypeError: an adapter that merged mode does not have.
+        ValueError, TypeError: an adapter that merged mode does not have, or one on one end of tied weights.
 
     Nothing is changed when it raises.
     """
@@ -169,6 +178,8 @@ def adopt(model: nn.Module) -> None:
     ]
     for name, layer in ours:
         check_layer(name, layer)
+    if ours:
+        check_ties(model)
     for _, layer in ours:
         layer.__class__ = MergedLora if isinstance(layer.get_base_layer(), QATLinear) else ParamWrapper
         layer._adapt()
@@ -183,10 +194,12 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
     Each quantized layer computes its merged weight when it is asked for it: there is no second copy of them, and the
     model that trains is untouched. Layers with an adapter that are not quantized (a head) are merged as peft does, in a
-    copy of their own. ``modules_to_save`` are the trained ones. Without adapters: `model` itself.
+    copy of their own, and so are ``trainable_token_indices``. ``modules_to_save`` are the trained ones. Without
+    adapters: `model` itself.
 
     Raises:
         TypeError: a prepared layer whose adapter is peft's own layer (see `adopt`); a base that cannot be merged.
+        ValueError: an adapter on one end of tied weights.
     """
     theirs = []
     memo: dict[tuple[int, str], Tensor] = {}
@@ -208,6 +221,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             adapted_experts.append(base)
         elif not isinstance(base, QATLinear) and not layer.merged and not layer.disable_adapters:
             theirs.append(layer)
+    check_ties(model)
     before = [(one, one.data) for layer in theirs for one in layer.get_base_layer().parameters(recurse=False)]
     try:
         for parameter, data in before:

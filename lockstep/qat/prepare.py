@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 import warnings
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from lockstep.qat import learned
 from lockstep.qat.experts import DOWN, GATED, PLAIN, QATExperts, layout_of, qat_class, shape_of
@@ -254,7 +256,8 @@ def show(report: Any) -> None:
     """Print `report`, as wide as the terminal; into a pipe or a file, wide enough not to break names."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 200).print(report)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else 200).print(report)
 
 
 def run_as_one(names: Iterable[str]) -> list[list[str]]:
@@ -307,6 +310,17 @@ def _lora(model: nn.Module) -> Any:
     from lockstep.qat import lora
 
     return lora if lora.adapted(model) else None
+
+
+def _watch_peft(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    # peft may be imported after prepare. torch calls this for every module that is put into another.
+    if isinstance(child, QATLinear | QATExperts) and "peft" in sys.modules:
+        from lockstep.qat import adapters
+
+        adapters.refuse_within_peft(parent, name, child)
+
+
+register_module_module_registration_hook(_watch_peft)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -96,6 +96,7 @@ def requantize(
     four_bit = {name: one for name, one in model.named_modules() if is_4bit(one)}
     if not four_bit:
         raise ValueError(f"no layer of this {type(model).__name__} is bitsandbytes' Linear4bit.")
+    _check_adapters(model)
     teacher = _log_probs(model, batch)
     base = unwrapped(model)
     undo = replace(model, _dequantized)
@@ -129,7 +130,6 @@ def _dequantized(layer: Any) -> nn.Module:
     state = base.weight.quant_state
     weight = dequantize_4bit(base.weight.data, state).float()
     if has_adapter and not layer.merged and not layer.disable_adapters:
-        _check_qlora(layer)
         with torch.no_grad(), without_autocast(weight.device):
             for name in (name for name in layer.active_adapters if name in layer.lora_A):
                 weight += layer.get_delta_weight(name).float()
@@ -140,9 +140,18 @@ def _dequantized(layer: Any) -> nn.Module:
     return linear.train(base.training)
 
 
-def _check_qlora(layer: Any) -> None:
-    if layer.lora_variant or any(layer.lora_bias.values()):
-        raise ValueError("lora_bias, DoRA and other variants are not merged here: merge with peft, then prepare.")
+def _check_adapters(model: nn.Module) -> None:
+    layers: list[tuple[str, Any]] = [it for it in model.named_modules() if isinstance(it[1], BaseTunerLayer)]
+    for name, layer in layers:
+        if not is_4bit(layer.get_base_layer()):
+            raise ValueError(
+                f"{name} has an adapter and is not NF4: its adapter is not merged here. Merge with peft, then prepare."
+            )
+        if type(layer).__name__ != "Linear4bit" or layer.lora_variant or any(layer.lora_bias.values()):
+            raise ValueError(
+                f"{name}: lora_bias, DoRA and other variants or adapters are not merged here: merge with peft, then "
+                "prepare."
+            )
 
 
 def _forget_4bit(model: Any) -> None:
