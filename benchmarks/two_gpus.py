@@ -1,14 +1,14 @@
 """Lightning's distributed strategies against one process: losses, exported bits, time and memory.
 
-    python benchmarks/two_gpus.py                                    # two GPUs, NCCL
-    python benchmarks/two_gpus.py --device cpu --hidden 128 --layers 2   # what Lightning allows there, gloo
+    python benchmarks/two_gpus.py                         # two GPUs, NCCL
+    python benchmarks/two_gpus.py --device cpu --quick    # what Lightning allows there, gloo
 
 Every strategy trains the same model on the same samples: each of two ranks has its own sample of a step, one process
 accumulates both. So the sums are those of one process up to the order in which a strategy adds; in 16 bits DeepSpeed
 also keeps fp32 masters, which the others do not with ``bf16-true``, and FSDP1 casts weights in ``bf16-mixed``. Each
-run is a process group of its own. Prints one row a strategy, and writes them to ``--json``: the largest relative
-difference of a step's loss from one process's, the share of the exported codes and scales that differ, the files that
-the ranks wrote, milliseconds a step, and rank zero's peak memory.
+run is a process group of its own. A row a strategy: the largest relative difference of a step's loss from one
+process's, the share of the exported codes and scales that differ, the files that the ranks wrote, milliseconds a step,
+and rank zero's peak memory. One process does the work of two in a step, so its time is no peer's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import lightning
 import torch
+from harness import Benchmark, arguments, bars, number, parse, significant, text
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
@@ -34,8 +35,11 @@ from torch.distributed.fsdp import MixedPrecision, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lockstep import Scheme
 from lockstep.callbacks import QATCallback
 
+PRECISIONS = ("bf16-mixed", "32-true", "bf16-true", "16-mixed")
+SIZES = {"hidden": (128, 1024), "layers": (2, 8), "vocabulary": (512, 8192), "length": (64, 512), "steps": (6, 20)}
 STRATEGIES = ("ddp", "fsdp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 ON_CPU = ("ddp", "fsdp2")  # Lightning refuses the others without CUDA
 
@@ -108,7 +112,8 @@ def strategy_of(name: str, world: int, precision: str) -> Any:
             return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
         case "fsdp":
             # Lightning's own 16-bit setting rounds the rotary frequencies along with the weights.
-            kept = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.float32) if precision == "bf16-true" else None
+            low = torch.float16 if precision == "16-mixed" else torch.bfloat16
+            kept = MixedPrecision(low, low, torch.float32) if precision in ("bf16-true", "16-mixed") else None
             return FSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}, mixed_precision=kept)
         case "deepspeed_stage_1" | "deepspeed_stage_2" | "deepspeed_stage_3":
             zero = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
@@ -123,12 +128,14 @@ def strategy_of(name: str, world: int, precision: str) -> Any:
 
 def train(strategy: str, world: int, out: Path, options: argparse.Namespace) -> None:
     """One run, in this process as one rank of it: an export, a checkpoint and ``rank0.json`` in `out`."""
-    torch.use_deterministic_algorithms(options.device == "cuda", warn_only=True)
-    measure = Measure()
-    callback = QATCallback(options.scheme, export_dir=str(out / "export"), log_every_n_steps=0)
+    cuda = options.device.type == "cuda"
+    torch.use_deterministic_algorithms(cuda, warn_only=True)
+    measure, served = Measure(), torch.float16 if options.precision == "16-mixed" else torch.bfloat16
+    scheme = Scheme.preset(options.scheme, scale_dtype=served, served_dtype=served)
+    callback = QATCallback(scheme, export_dir=str(out / "export"), log_every_n_steps=0)
     trainer = lightning.Trainer(
         strategy=strategy_of(strategy, world, options.precision),
-        accelerator=options.device,
+        accelerator=options.device.type,
         devices=world,
         precision=options.precision,
         max_epochs=1,
@@ -145,7 +152,7 @@ def train(strategy: str, world: int, out: Path, options: argparse.Namespace) -> 
     result = {
         "losses": measure.losses,
         "ms": 1e3 * sorted(measure.seconds[2:])[len(measure.seconds[2:]) // 2],
-        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else None,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
     }
     if trainer.is_global_zero:
         (out / "rank0.json").write_text(json.dumps(result))
@@ -205,61 +212,76 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return different / total
 
 
-def compare(options: argparse.Namespace, arguments: list[str], directory: Path) -> list[dict[str, Any]]:
-    alone = start("auto", 1, directory / "auto", arguments)
-    if "error" in alone:
-        raise SystemExit(alone["error"])
-    expected = stored(directory / "auto" / "export")
-    print(
-        f"{'strategy':20} {'loss differs by':>16} {'codes that differ':>18} {'files':>6} {'ms/step':>8} {'peak MiB':>9}"
-    )
-    rows = []
+def compare(benchmark: Benchmark, options: argparse.Namespace, precision: str, directory: Path) -> None:
+    """A row for one process and for each strategy at one precision."""
+    passed_on = ["--device", options.device.type, "--precision", precision, "--scheme", options.scheme]
+    for size in SIZES:
+        passed_on += [f"--{size}", str(getattr(options, size))]
+    alone: dict[str, Any] = {}
+    expected: dict[str, Tensor] = {}
     for name in ("auto", *options.strategies):
-        out = directory / name
-        found = alone if name == "auto" else start(name, 2, out, arguments)
-        row: dict[str, Any] = {"strategy": name, "precision": options.precision, "scheme": options.scheme}
+        out = directory / precision / name
+        found = start(name, 1 if name == "auto" else 2, out, passed_on)
+        row = {"path": f"lockstep, {name}", "strategy": name, "precision": precision, "scheme": options.scheme}
         if "error" in found:
-            row |= found
-            print(f"{name:20} failed:\n{found['error']}")
-        else:
-            pairs = zip(found["losses"], alone["losses"], strict=True)
-            row |= {
-                "loss": max(abs(a - b) / b for a, b in pairs),
-                "first_loss_equal": found["losses"][0] == alone["losses"][0],
-                "codes": differing(stored(out / "export"), expected),
-                "files": len([*(out / "export").glob("*.safetensors")]),
-                "ms": found["ms"],
-                "peak_mib": found["peak_mib"],
-            }
-            peak = f"{row['peak_mib']:9.0f}" if row["peak_mib"] else f"{'-':>9}"
-            print(f"{name:20} {row['loss']:16.2e} {row['codes']:18.2e} {row['files']:6} {row['ms']:8.1f} {peak}")
-        rows.append(row)
-    return rows
+            benchmark.add([row | {"status": "failed", "reason": found["error"].strip().splitlines()[-1][:200]}])
+            if name == "auto":
+                return
+            continue
+        weights = stored(out / "export")
+        alone, expected = alone or found, expected or weights
+        pairs = zip(found["losses"], alone["losses"], strict=True)
+        row |= {
+            "status": "ok",
+            "loss": max(abs(a - b) / b for a, b in pairs),
+            "first_loss_equal": found["losses"][0] == alone["losses"][0],
+            "codes": differing(weights, expected),
+            "files": len([*(out / "export").glob("*.safetensors")]),
+            "median_ms": found["ms"],
+            "peak_mib": found["peak_mib"],
+        }
+        benchmark.add([row])
+
+
+COLUMNS = [
+    ("strategy", text("strategy")),
+    ("precision", text("precision")),
+    ("loss differs by", significant("loss")),
+    ("first loss equal", text("first_loss_equal")),
+    ("codes and scales that differ", significant("codes")),
+    ("files", text("files")),
+    ("ms/step", number("median_ms", 1)),
+    ("peak MiB, rank 0", number("peak_mib", 0)),
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    """Every precision and strategy; with ``--run`` one rank of one run."""
+    parser = arguments(__doc__, rounds=1)
     parser.add_argument("--scheme", default="W4A16")
-    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed", "bf16-true"))
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES)
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    for size in SIZES:
+        parser.add_argument(f"--{size}", type=int)
+    for hidden in ("--precision", "--run"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.strategies = options.strategies or (STRATEGIES if options.device == "cuda" else ON_CPU)
+    options = parse(parser, **SIZES)
     if options.run:
         train(options.run, options.world, options.out, options)
+    cuda = options.device.type == "cuda"
+    options.strategies = options.strategies or (STRATEGIES if cuda else ON_CPU)
+    options.precisions = [one for one in options.precisions if cuda or one != "16-mixed"]
+    claim = f"Lightning's strategies on two {'GPUs (NCCL)' if cuda else 'processes (gloo)'} against one process"
+    benchmark = Benchmark("two_gpus", claim, COLUMNS, options)
     with tempfile.TemporaryDirectory() as directory:
-        rows = compare(options, sys.argv[1:], Path(directory))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        for precision in options.precisions:
+            compare(benchmark, options, precision, Path(directory))
+
+    def label(row: dict[str, Any]) -> str:
+        return f"{row['strategy']}, {row['precision']}"
+
+    benchmark.finish(lambda axes, rows: bars(axes, rows, label, "median_ms", "ms a step"))
 
 
 if __name__ == "__main__":
