@@ -25,6 +25,9 @@ RUNS = {
     "growth": (["--sizes", "128", "256", "--fixed", "128", "--rounds", "2"], ["microseconds"]),
     "kernel_agreement": (["--shapes", "128x256"], ["equal"]),
     "streaming_export": ([], ["seconds", "peak_rss_gib", "mb_per_second"]),
+    "weight_sync": (["--layers", "1", "--rounds", "2"], ["median_ms", "ratio"]),
+    "two_gpus": (["--precisions", "32-true", "--strategies", "ddp"], ["median_ms"]),
+    "rollout_two_gpus": ([], ["median_ms", "gigabytes_per_second"]),
     "whole_model": (["--modes", "eager", "--rounds", "2", *MODEL], ["tokens_per_second", "ratio"]),
 }
 

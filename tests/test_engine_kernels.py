@@ -745,8 +745,8 @@ def reads_streamed_experts_back(device: torch.device, group_size: int | None) ->
         assert torch.equal(y, grid.fake_quantize(master.detach(), module.scheme.weights))
 
 
-# Of a layer's outputs at least so many are equal. On an H200, vLLM 0.22.1 gave 98.3 % of the larger one's with groups of
-# 32 and 512 tokens: of 6,144 values that reach an output through the second GEMM, some six differ by a bf16 rounding.
+# Of a layer's outputs at least so many are equal. On an H200, vLLM 0.22.1 gave 98.3 % of the larger one's with groups
+# of 32 and 512 tokens: of 6,144 values that reach an output through the second GEMM, some six are rounded otherwise.
 EXPERT_LAYERS = {
     "256-128": ({"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 8}, 2, 0.999),
     "Qwen3-30B-A3B": ({"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 16}, 8, 0.975),

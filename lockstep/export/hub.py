@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,17 @@ def layer_name(model: nn.Module, name: str) -> str:
 
 
 def _converts(model: Any) -> bool:
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    # transformers looks through the whole model for it, which here would be once for each of its layers.
+    if model not in _CONVERTS:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if not isinstance(model, PreTrainedModel):
-        return False
-    return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
+        theirs = isinstance(model, PreTrainedModel)
+        _CONVERTS[model] = theirs and bool(get_model_conversion_mapping(model, add_legacy=False))  # type: ignore[arg-type]
+    return _CONVERTS[model] or bool(getattr(model, "_weight_conversions", None))
+
+
+_CONVERTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model: the kinds of its parts do not change
 
 
 def _where(key: str, name: str, numbers: Tensor, part: Tensor) -> tuple[int | slice, ...]:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,9 @@ from lockstep.grid import Quantized
 from lockstep.kernels import Quantizer
 from lockstep.qat.experts import Expert, QATExperts
 from lockstep.qat.prepare import unwrapped, with_adapters_merged
-from lockstep.scheme import Scheme, dtype_name
+from lockstep.scheme import Scheme, TensorSpec, dtype_name
+
+PLAIN = "plain"  # of `stream`: no quantization
 
 
 def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -60,7 +62,9 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
 
     Args:
         model: a prepared model, or its wrapper (DDP, FSDP1, DeepSpeed's engine, ``torch.compile``).
-        format: a name in `formats.FORMATS`, or None or ``"auto"``: each layer in the format of its own scheme.
+        format: a name in `formats.FORMATS`, or None or ``"auto"``: each layer in the format of its own scheme. Or
+            ``"plain"``: all weights unquantized in the served dtype, of any model; of one that is not prepared in its
+            own 16-bit dtype, and of one in fp32 in bf16, as vLLM's ``dtype="auto"`` does.
 
     Raises:
         ExportError: `check_exportable` refuses the model, a range is not measured, a tensor is on ``meta``, a value is
@@ -68,10 +72,9 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
         ValueError: an unknown format.
     """
     with with_adapters_merged(model) as served:
-        ranks = ranks_of(served)
-        for whole, tensors in _entries(served, format) if ranks is None else _agreed(served, format, ranks):
-            with whole():
-                found = dict(tensors())
+        for entry in entries(served, format, ranks_of(served)):
+            with entry.whole():
+                found = dict(entry.tensors())
             yield from found.items()
 
 
@@ -160,19 +163,33 @@ def quantization_entry(
     return writer.config([Group(*key, tuple(names)) for key, names in groups.items()], ignored, kv_cache)
 
 
-# What makes a module's tensors, and the block in which its parameters are whole for that.
-Entry = tuple[Callable[[], AbstractContextManager[None]], Callable[[], Iterable[tuple[str, Tensor]]]]
+class Entry(NamedTuple):
+    """A module that has something to store."""
+
+    name: str  # in the state dict
+    whole: Callable[[], AbstractContextManager[None]]  # the block in which its parameters are whole
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]  # what is stored of it, made in that block
+
+
+def entries(model: nn.Module, format: str | None, ranks: dist.ProcessGroup | None) -> list[Entry]:
+    """What `stream` goes through, in the order of the state dict. All of `ranks` (`ranks_of`) must call it.
+
+    Any order is right, if it is that of all ranks. `model` is within `with_adapters_merged`.
+    """
+    return _entries(model, format) if ranks is None else _agreed(model, format, ranks)
 
 
 def _entries(model: nn.Module, format: str | None) -> list[Entry]:
-    """For each module that has something to store, in the order of the state dict."""
     units, model = fsdp_units(model), unwrapped(model)
-    check_exportable(model, format)
-    check_measured(model)
+    keys: dict[str, dict[str, Layer]] = {}
+    by_layer: dict[str, str] = {}
+    if format != PLAIN:
+        check_exportable(model, format)
+        check_measured(model)
     with without_wrappers(model):
-        keys, layers = quantized_keys(model), quantized_layers(model)
-        by_layer = stored_as(layers, format)
-        scheme = next(iter(layers.values())).scheme
+        scheme = _served_as(model)
+        if format != PLAIN:
+            keys, by_layer = quantized_keys(model), stored_as(quantized_layers(model), format)
         state = served_state(model)
         owners = {name: model.get_submodule(name) for name in dict.fromkeys(map(_owner, state))}
 
@@ -186,7 +203,6 @@ def _entries(model: nn.Module, format: str | None) -> list[Entry]:
                 quantized = keys.get(key, {})
                 _check_whole(key, tensor, quantized, parameter is not None)
                 if quantized:
-                    check_finite(key, tensor)
                     yield from _stored(key, quantized, by_layer)
                     continue
                 served = served_tensor(model, key, tensor, scheme)
@@ -195,9 +211,17 @@ def _entries(model: nn.Module, format: str | None) -> list[Entry]:
                 # FSDP1 takes the memory back.
                 yield from hub.stored_tensors(model, key, served.clone() if units else served).items()
 
-        return partial(gathered, getattr(module, "fused", ()) or (module,), units), tensors
+        return Entry(name, partial(gathered, getattr(module, "fused", ()) or (module,), units), tensors)
 
     return [entry(name, list(own)) for name, own in groupby(state, _owner)]
+
+
+def _served_as(model: nn.Module) -> Scheme:
+    """A scheme with the served dtype of `model`."""
+    if keys := quantized_keys(model):
+        return next(iter(next(iter(keys.values())).values())).scheme
+    own = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.bfloat16)
+    return Scheme(TensorSpec(served_dtype=torch.float16 if own == torch.float16 else torch.bfloat16))
 
 
 def _agreed(model: nn.Module, format: str | None, ranks: dist.ProcessGroup) -> list[Entry]:
@@ -208,7 +232,7 @@ def _agreed(model: nn.Module, format: str | None, ranks: dist.ProcessGroup) -> l
         entries.extend(_entries(model, format))
         with without_wrappers(unwrapped(model)):
             names = [*served_state(unwrapped(model))]
-        return json.dumps([quantization_config(model, format), names])
+        return json.dumps([None if format == PLAIN else quantization_config(model, format), names])
 
     first, *others = together(plan, ranks)
     for rank, other in enumerate(others, 1):
@@ -259,11 +283,11 @@ def _save_sharded(
         # Ranks on another machine need not see the directory: those that do write.
         writers = [one for one, sees in enumerate(together(token.exists, ranks)) if sees]
         shards, problem = Shards(token.parent, limit, f"shard-{rank}"), None
-        for number, (whole, tensors) in enumerate(entries):
-            with whole():
+        for number, entry in enumerate(entries):
+            with entry.whole():
                 if problem is None and writers[number % len(writers)] == rank:
                     try:
-                        for name, tensor in tensors():
+                        for name, tensor in entry.tensors():
                             shards.add(name, tensor)
                     except Exception as error:  # the others wait for this rank where the next module is gathered
                         problem = error
@@ -299,21 +323,27 @@ def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
     layout, scheme, spec = formats.find(format), layer.scheme, layer.scheme.weights
     weight = layer.weight.detach()
     kernel = kernels.training(scheme, weight.device)
-    in_one_pass = spec.format == "int4" and spec.symmetric and layer.learned_scale is None
+    in_one_pass = format in formats.PACKED and spec.symmetric and layer.learned_scale is None
     quantized = None if in_one_pass else layer.quantize()
     try:
         if quantized is None:
             tensors = formats.PACKED[format](weight, spec, kernel)
         else:
             tensors = layout.write(quantized, spec)
-        read = layout.read(tensors, spec)
     except ValueError as error:
         raise ExportError(f"{name} cannot be stored as {format}: {error}.") from error
-    check_finite(f"{name}.weight, as it is served", grid.dequantize(read, spec))
-    if not (_is_trained(read, layer, kernel) and (quantized is None or same_bits(read, quantized))):
-        raise ExportError(
-            f"{name}: the packed words do not give back the weight that it trained with. Nothing is written."
-        )
+    if quantized is not None or not _found_clean(weight, tensors, spec, format, kernel):
+        check_finite(f"{name}.weight", weight)
+        try:
+            read = layout.read(tensors, spec)
+        except ValueError as error:
+            raise ExportError(f"{name} cannot be stored as {format}: {error}.") from error
+        check_finite(f"{name}.weight, as it is served", grid.dequantize(read, spec))
+        if not (_is_trained(read, layer, kernel) and (quantized is None or same_bits(read, quantized))):
+            raise ExportError(
+                f"{name}: the packed words do not give back the weight that it trained with. Nothing is written."
+            )
+        _READ_BACK.add(_kind(weight, spec, format, kernel))
     scale = layer.stored_scale()
     if scale is not None and scheme.activations is not None:
         tensors[scheme.activations.scale_name] = scale.detach()
@@ -332,11 +362,45 @@ def _stacked(name: str, experts: Sequence[Expert]) -> dict[str, Tensor]:
     weight = torch.stack([torch.cat([of[number, part] for part in parts]) for number in numbers])
     kernel, module, format = kernels.training(scheme, weight.device), name.rsplit(".", 2)[0], formats.find("marlin")
     words, scales = kernel.pack_marlin(weight, scheme.weights)
-    read = format.read({"B": words, "s": scales}, scheme.weights)
-    if not bitwise_equal(grid.dequantize(read, scheme.weights), kernel.fake_quantize(weight, scheme.weights)):
-        raise ExportError(f"{module}: the packed words do not give back the weights that it trained with.")
+    tensors = {"B": words, "s": scales}
+    if not _found_clean(weight, tensors, scheme.weights, "marlin", kernel):
+        check_finite(module, weight)
+        served = grid.dequantize(format.read(tensors, scheme.weights), scheme.weights)
+        check_finite(f"{module}, as it is served", served)
+        if not bitwise_equal(served, kernel.fake_quantize(weight, scheme.weights)):
+            raise ExportError(f"{module}: the packed words do not give back the weights that it trained with.")
+        _READ_BACK.add(_kind(weight, scheme.weights, "marlin", kernel))
     which = "w2" if parts == ["down_proj"] else "w13"
     return {f"{module}.{which}_weight_packed": words, f"{module}.{which}_weight_scale": scales}
+
+
+# Words, scales and their order, where a kernel may have a check of its own (`Quantizer.check_packed`).
+_CHECKED: dict[str, tuple[str, str, Literal["rows", "marlin"]]] = {
+    "pack-quantized": ("weight_packed", "weight_scale", "rows"),
+    "marlin": ("B", "s", "marlin"),
+}
+_READ_BACK: set[tuple[Any, ...]] = set()  # kinds of weights of which one was read back in this process
+
+
+def _kind(weight: Tensor, spec: TensorSpec, format: str, kernel: Quantizer) -> tuple[Any, ...]:
+    """What weights have in common that the same compiled kernels train, pack and check."""
+    return kernel, spec, format, weight.dtype, weight.shape, weight.device
+
+
+def _found_clean(
+    weight: Tensor, tensors: Mapping[str, Tensor], spec: TensorSpec, format: str, kernel: Quantizer
+) -> bool:
+    """Whether the kernel's own check finds nothing wrong with the stored `tensors`. If not, they must be read back.
+
+    That check knows what the forward multiplies with from the grid's definition alone. So the first weight of a kind is
+    read back in any case, and compared with what the forward's own kernel makes of it: should a compiler have broken
+    that or the check, it has done so for all of the kind.
+    """
+    if format not in _CHECKED or _kind(weight, spec, format, kernel) not in _READ_BACK:
+        return False
+    words, scale, order = _CHECKED[format]
+    found = kernel.check_packed(weight, tensors[words], tensors[scale], spec, order)
+    return found is not None and not found.item()
 
 
 def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
@@ -352,7 +416,11 @@ def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """ExportError if a value of the tensor `name` is NaN or infinite."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # The largest magnitude takes one pass over memory, `isfinite` of each value seven; of 8 bits torch has it not.
+    seen = tensor if tensor.itemsize == 1 else torch.linalg.vector_norm(tensor, torch.inf)
+    if not torch.isfinite(seen).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ExportError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or infinite in {dtype_name(tensor.dtype)}."

@@ -20,7 +20,7 @@ from lockstep.kernels import reference, sgl, torch_int4, vllm
 from lockstep.scheme import ActivationSpec, Scheme, TensorSpec
 
 try:
-    from lockstep.kernels import triton_gemm, triton_grid
+    from lockstep.kernels import triton_checksum, triton_gemm, triton_grid
 except Exception as error:  # a Triton that is missing, old or broken must not take the CPU along
     TRITON_PROBLEM = f"Triton does not load ({type(error).__name__}: {error})"
 else:
@@ -73,6 +73,15 @@ class Quantizer(Protocol):
 
     def dequantize_packed(self, packed: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
         """``RN(code * scale)`` of `pack_quantized`'s words and scales, or without `scale` the codes, as served."""
+
+    def check_packed(
+        self, weight: Tensor, words: Tensor, scale: Tensor, spec: TensorSpec, order: Literal["rows", "marlin"]
+    ) -> Tensor | None:
+        """Whether `words` and `scale`, in the `order` of `pack_quantized` or of `pack_marlin`, are those of `weight`.
+
+        int32 ``[]`` on their device. 0: they are, and no value in them or in `weight` is NaN or infinite. Else they may
+        not be: read them back. None if this kernel has no quicker way than that.
+        """
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,11 @@ def find(operator: str, name: str, scheme: Scheme, device: torch.device) -> Kern
             return kernel
     names = ", ".join(kernel.name for kernel in KERNELS if kernel.operator == operator)
     raise KernelUnavailable(f"no {operator} kernel {name!r}: there are {names}.")
+
+
+def sum_of_words(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """`triton_checksum.sum_of_words` where it runs on tensors on `device`, else None."""
+    return None if TRITON_PROBLEM or device.type != "cuda" else triton_checksum.sum_of_words
 
 
 def training(scheme: Scheme, device: torch.device) -> Quantizer:

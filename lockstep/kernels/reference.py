@@ -31,6 +31,10 @@ def dequantize_packed(packed: Tensor, scale: Tensor | None, spec: TensorSpec) ->
     return codes.to(spec.served_dtype) if scale is None else grid.dequantize(Quantized(codes, scale), spec)
 
 
+def check_packed(weight: Tensor, words: Tensor, scale: Tensor, spec: TensorSpec, order: str) -> None:
+    """None: reading back is the reference."""
+
+
 def linear(
     x: Tensor, weight: Quantized, scheme: Scheme, bias: Tensor | None = None, stored: Tensor | None = None
 ) -> Tensor:

@@ -61,6 +61,29 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
         ValueError: K is not a multiple of 8, or `x` has another dtype.
     """
     n, k = quantized.codes.shape
+    _check(x, n, k, spec, bias)
+    return packed_linear(x, words.pack(quantized.codes, spec.bits), quantized.scale, spec, bias)
+
+
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, spec: TensorSpec, bias: Tensor | None = None) -> Tensor:
+    """`linear` for words int32 ``[N, K / 8]`` (`layouts.words`) and scales ``[N, G]``. ValueError as there."""
+    n, k = packed.shape[0], packed.shape[1] * 8
+    _check(x, n, k, spec, bias)
+    rows, after = x.reshape(-1, k).contiguous(), spec.scale_follows_gemm(k)
+    scale = scale.to(x.dtype) if after else scale
+    out = x.new_empty(*x.shape[:-1], n)
+    size = k // scale.shape[-1]
+    block_k = min(size, BLOCK_K) if size in (32, 64, 128) else BLOCK_K
+    if out.numel():
+        _gemm_kernel[triton.cdiv(len(rows), BLOCK_M), triton.cdiv(n, BLOCK_N)](
+            *(rows, packed.contiguous(), scale.contiguous(), None if bias is None else bias.contiguous(), out),
+            *(len(rows), n, k, size, after, TL_DTYPES[spec.served_dtype], BLOCK_M, BLOCK_N, block_k),
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def _check(x: Tensor, n: int, k: int, spec: TensorSpec, bias: Tensor | None) -> None:
     if k % 8 or x.shape[-1] != k or x.dtype not in (spec.served_dtype, torch.float32):
         raise ValueError(
             f"triton cannot run a weight of {[n, k]} served in {spec.served_dtype} on an input of {list(x.shape)} in "
@@ -68,16 +91,3 @@ def linear(x: Tensor, quantized: Quantized, spec: TensorSpec, bias: Tensor | Non
         )
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"the bias is {list(bias.shape)} {bias.dtype}: it must be {[n]} {x.dtype}.")
-    rows, after = x.reshape(-1, k).contiguous(), spec.scale_follows_gemm(k)
-    scale = quantized.scale.to(x.dtype) if after else quantized.scale
-    out = x.new_empty(*x.shape[:-1], n)
-    size = k // scale.shape[-1]
-    block_k = min(size, BLOCK_K) if size in (32, 64, 128) else BLOCK_K
-    if out.numel():
-        _gemm_kernel[triton.cdiv(len(rows), BLOCK_M), triton.cdiv(n, BLOCK_N)](
-            *(rows, words.pack(quantized.codes, spec.bits), scale.contiguous()),
-            *(None if bias is None else bias.contiguous(), out, len(rows), n, k),
-            *(size, after, TL_DTYPES[spec.served_dtype], BLOCK_M, BLOCK_N, block_k),
-            enable_fp_fusion=False,
-        )
-    return out

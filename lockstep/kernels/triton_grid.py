@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lockstep import grid
-from lockstep.kernels import operators, triton_activations, triton_scaled_mm
+from lockstep.kernels import operators, triton_activations, triton_check, triton_scaled_mm
 from lockstep.kernels.triton_arithmetic import (
     INTERPRETED,
     TL_DTYPES,
@@ -427,6 +427,7 @@ quantize_activations = triton_activations.quantize
 dequantize_activations = triton_activations.dequantize
 scaled_linear = triton_scaled_mm.linear
 fp8_input_gradient = operators.input_gradient("lockstep::triton_fp8_input_gradient", _fp8_input_gradient)
+check_packed = triton_check.check_packed
 
 
 # Launching -----------------------------------------------------------------------------------------------------------
