@@ -1,0 +1,466 @@
+"""`RolloutSession`: what a trainer holds now, live in an engine, whole and proven, or not at all.
+
+A sync streams the model to the engine as `lockstep.export.stream` does, one unit at a time, and knows that it arrived
+by checksums of both sides. Each sync is a version, and an engine answers with one version or with none.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.export.gather import ranks_of, together, without_wrappers
+from lockstep.export.rollout import audit
+from lockstep.export.rollout.audit import AuditError, AuditReport, Inspection
+from lockstep.export.rollout.buckets import Buckets, indivisible
+from lockstep.export.rollout.engine import RolloutEngine, checksums_of
+from lockstep.export.save import PLAIN, Entry, entries, parse_bytes, quantization_config
+from lockstep.export.served import Layer, quantized_keys, unquantized_layers
+from lockstep.qat.prepare import (
+    prepare,
+    quantized_experts,
+    quantized_modules,
+    unprepare,
+    unwrapped,
+    with_adapters_merged,
+)
+from lockstep.scheme import Rule, Scheme
+
+VERSIONS = 4  # of whose tensors a session remembers the checksums, to tell a stale one from a wrong one
+
+Value = TypeVar("Value")
+
+
+class SyncError(RuntimeError):
+    """A sync failed. The message says why, and with which version the engine answers, if with any."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a sync did.
+
+    `version` is what the engine answers with now; `sent` and `skipped` count tensors, of which the latter were in the
+    engine already; `bytes` are those sent; `seconds` are wall time; `checksums` are those of all tensors of the model,
+    by the names that engines know.
+    """
+
+    version: int
+    sent: int
+    skipped: int
+    bytes: int
+    seconds: float
+    checksums: dict[str, int] = field(repr=False)
+
+
+class RolloutSession:
+    """Keeps `engine` on the weights of `model`, in versions.
+
+    >>> session = RolloutSession(model, engine)  # doctest: +SKIP
+    >>> for prompts in data:
+    ...     session.sync()
+    ...     train(model, engine.generate(prompts, sampling))
+
+    The first sync audits the engine, see `audit`. Tensors go in buckets of whole units: the projections that engines
+    fuse, and all experts of a block. There is no second copy of the model: beside it there are one bucket and one unit.
+
+    Of a sharded model (FSDP1, FSDP2, ZeRO-3) all ranks make a session and call the same methods of it; rank zero has
+    the engine, the others pass None. An error on one rank is an error on all.
+
+    Args:
+        model: a prepared model, or its wrapper, as in `lockstep.export.stream`. With `scheme`, or an engine whose
+            format is ``"plain"``, it need not be prepared.
+        engine: what generates; see `RolloutEngine`.
+        scheme: quantize a model that is not prepared, at each sync and for the time of it: rollouts on a grid that
+            training does not see. A preset's name, a `Scheme` or a list of `Rule`, as in `lockstep.prepare`.
+        ignore: with `scheme`, what to leave as it is, as in `lockstep.prepare`.
+        bucket_size: bytes, or a string such as ``"256MB"`` (decimal units).
+        only_changed: send only units of which a tensor has changed since the last sync, where the engine takes a part.
+
+    Raises:
+        ValueError: an unreadable size; `scheme` with a model that is prepared or has adapters of peft, or with an
+            engine whose format is ``"plain"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: RolloutEngine | None,
+        *,
+        scheme: str | Scheme | Sequence[Rule] | None = None,
+        ignore: str | Sequence[str] = ("lm_head",),
+        bucket_size: int | str = "256MB",
+        only_changed: bool = True,
+    ) -> None:
+        self.model, self.engine = model, engine
+        self._scheme, self._ignore, self._only_changed = scheme, ignore, only_changed
+        self._limit = parse_bytes(bucket_size, "bucket_size")
+        self._version: int | None = None
+        self._tried = 0
+        self._audited = False
+        self._held: dict[str, int] = {}  # checksums of what the engine is known to hold
+        self._history: dict[int, dict[str, int]] = {}  # those of the last versions
+        self._seen: dict[int, dict[str, int]] = {}  # fingerprints of the layers in the last audits
+        if scheme is not None:
+            if isinstance(scheme, str):
+                Scheme.of(scheme)  # a preset that there is
+            _check_unprepared(model)
+            if engine is not None and engine.format == PLAIN:
+                raise ValueError(f"scheme={scheme!r} quantizes, and the engine takes plain weights: leave one out.")
+
+    @property
+    def version(self) -> int | None:
+        """Of the last sync that succeeded; None before the first."""
+        return self._version
+
+    def sync(self) -> SyncReport:
+        """Bring the engine to the weights that `model` has now, under a new version.
+
+        Raises:
+            SyncError: the model could not be streamed, or the engine did not take it. Nothing is assumed of the engine
+                any more: the next sync sends everything.
+            AuditError: the first sync arrived, and the engine does not compute with what was sent. It answers all the
+                same: do not use it.
+        """
+        start = time.perf_counter()
+        held, self._held = self._held, {}
+        update: _Update | None = None
+
+        def begin() -> None:
+            nonlocal update
+            if self.engine is not None:
+                update = self._begin(self.engine, held)
+
+        def take(unit: list[list[tuple[str, Tensor]]]) -> None:
+            assert update is not None
+            update.add({name: tensor for tensors in unit for name, tensor in tensors})
+
+        def finish() -> SyncReport | None:
+            if problem is not None:
+                raise problem if update is None else update.failed(problem) from problem
+            return None if update is None else update.finish(start)
+
+        try:
+            with self._served() as served:
+                served.agree(begin)
+                problem = served.walk(lambda entry: [*entry.tensors()], take)
+                report = served.agree(finish)
+                assert report is not None
+                if not self._audited:
+                    self._audit(served, None, report).assert_ok()
+        except (SyncError, AuditError):
+            raise
+        except Exception as error:
+            raise self._failed(error, update) from error
+        except BaseException as error:  # Ctrl-C
+            self._failed(error, update)
+            raise
+        self._audited = True
+        self._version, self._held = report.version, report.checksums
+        self._remember(self._history, report.version, report.checksums)
+        return report
+
+    def verify(self) -> AuditReport:
+        """Compare what lies in the engine with what the trainer would send now, tensor by tensor, by checksums.
+
+        Problems name every stale, differing or missing tensor. After a sync, until the trainer steps, there are none.
+
+        Raises:
+            AuditError: the engine keeps its tensors in another layout than it was sent, and cannot tell: see `audit`.
+        """
+        now: dict[str, int] = {}
+
+        def take(unit: list[dict[str, int]]) -> None:
+            for sums in unit:
+                now.update(sums)
+
+        with self._served() as served:
+            problem = served.walk(lambda entry: checksums_of(dict(entry.tensors())), take)
+
+            def compare() -> AuditReport | None:
+                if problem is not None:
+                    raise problem
+                if self.engine is None:
+                    return None
+                lying = self.engine.checksums()
+                if lying is None:
+                    raise AuditError("the engine keeps its tensors in another layout than they were sent in: audit().")
+                found = audit.compare_checksums(now, lying, self._history, self.engine.version)
+                return AuditReport(found, len(now))
+
+            report = served.agree(compare)
+        assert report is not None
+        return report
+
+    def audit(self, checkpoint: str | Path | None = None) -> AuditReport:
+        """Compare trainer, config and live engine layer by layer, and read the engine's weights back by known inputs.
+
+        Compared are: the schemes of the trainer's layers, of the config that it exports, and of the engine's live
+        modules, with the rows of fused ones; what each live layer gives for rows of the identity (its weight, exact)
+        and for a dense input (see `lockstep.export.rollout.audit`); and where the engine can tell, the checksums of
+        what lies in it with those of what was sent. Of a model that has trained on since the last sync, layers that
+        have changed are reported as that.
+
+        Args:
+            checkpoint: the folder that the engine was started from, whose config and tensors are compared too.
+        """
+        with self._served() as served:
+            return self._audit(served, checkpoint, None)
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _served(self) -> Iterator[_Served]:
+        """What is sent, for the time of a ``with`` block."""
+        with torch.no_grad(), self.quantized(), with_adapters_merged(self.model) as model:
+            ranks = ranks_of(model)
+            if ranks is None and self.engine is None:
+                raise ValueError(
+                    "engine=None is for the other ranks of a sharded model, and this one is whole here: make the "
+                    "session on the ranks that have an engine (with DDP each may have its own)."
+                )
+            if ranks is not None:
+                holders = [rank for rank, has in enumerate(together(self._has_engine, ranks)) if has]
+                if holders != [0]:
+                    raise ValueError(f"ranks {holders} have an engine: of a sharded model it is rank 0 alone.")
+            first = _Served(model, ranks, None, {}, self._has_engine())
+            format = first.agree(lambda: self.engine.format if self.engine is not None else None)
+            if format != PLAIN and not any((*quantized_modules(model), *quantized_experts(model))):
+                raise ValueError(
+                    "the engine takes quantized weights and the model is not prepared: call lockstep.prepare before "
+                    "training, or give the session a scheme, which quantizes at each sync alone."
+                )
+            found: dict[str, list[Entry]] = {}
+            for entry in entries(model, format, ranks):
+                found.setdefault(entry.name, []).append(entry)
+            yield first._replace(format=format, entries=found)
+
+    def _has_engine(self) -> bool:
+        return self.engine is not None
+
+    @contextmanager
+    def quantized(self) -> Iterator[None]:
+        """With `scheme`, `model` is prepared for the time of the block; without, nothing changes."""
+        if self._scheme is None:
+            yield
+            return
+        scheme, ranks, switched = self._scheme, ranks_of(self.model), False
+
+        def switch() -> None:
+            nonlocal switched
+            _check_unprepared(self.model)
+            prepare(self.model, scheme, ignore=self._ignore)
+            switched = True
+
+        try:
+            if ranks is None:
+                switch()
+            else:
+                together(switch, ranks)
+            yield
+        finally:
+            if switched:
+                unprepare(unwrapped(self.model))
+
+    def _begin(self, engine: RolloutEngine, held: dict[str, int]) -> _Update:
+        # Whoever else has updated the engine has left it with another version.
+        known = self._only_changed and engine.partial and engine.version == self._version
+        self._tried = max(self._tried, engine.version or 0) + 1
+        return _Update(engine, self._tried, held if known else {}, self._limit)
+
+    def _failed(self, error: BaseException, update: _Update | None) -> SyncError:
+        if update is not None:
+            return update.failed(error)
+        return SyncError(str(error) if self.engine is None else f"{_sentence(error)} {_answers(self.engine)}")
+
+    def _audit(self, served: _Served, checkpoint: str | Path | None, sent: SyncReport | None) -> AuditReport:
+        """`audit`; at the first sync with what was `sent`."""
+        model, plain = unwrapped(served.model), served.format == PLAIN
+        with without_wrappers(model):
+            others = unquantized_layers(model)
+            layers: dict[str, dict[str, Layer]] = {}
+            for key, found in quantized_keys(model).items():
+                layers.setdefault(key.rpartition(".")[0], {}).update(found)
+        quantized = {name: layer.scheme for of_module in layers.values() for name, layer in of_module.items()}
+        scope: dict[str, Scheme | None] = dict.fromkeys([*quantized, *others]) | ({} if plain else dict(quantized))
+        sums = self._held if sent is None else sent.checksums
+        inspection: Inspection | None = None
+
+        def begin() -> None:
+            nonlocal inspection
+            if self.engine is not None:
+                inspection = Inspection(self.engine, scope, self._seen)
+
+        def look(entry: Entry) -> None:
+            assert inspection is not None
+            for layer in audit.trained_layers(entry, layers.get(entry.name, {}), plain):
+                inspection.look(layer)
+
+        def explain(entry: Entry) -> None:
+            assert inspection is not None
+            for layer in audit.trained_layers(entry, layers.get(entry.name, {}), plain):
+                inspection.explain(layer)
+            for name, total in checksums_of(dict(entry.tensors())).items() if sums else ():
+                if audit.layer_of(name) in inspection.suspects and total != sums.get(name):
+                    inspection.moved.add(audit.layer_of(name))
+
+        def suspects() -> bool:
+            if problem is not None:
+                raise problem
+            return inspection is not None and bool(inspection.suspects)
+
+        def conclude() -> AuditReport | None:
+            if inspection is None or self.engine is None:
+                return None
+            lying = self.engine.checksums() if sums else None
+            stored = {} if lying is None else audit.compare_checksums(sums, lying, self._history, self._version)
+            configs = {} if plain else {"the exported config": quantization_config(model, served.format)}
+            report = inspection.report(configs, checkpoint, stored)
+            if self.engine.version is not None:
+                self._remember(self._seen, self.engine.version, inspection.fingerprints)
+            return report
+
+        served.agree(begin)
+        problem = served.walk(look, lambda _: None)
+        if served.agree(suspects):
+            problem = served.walk(explain, lambda _: None)
+            served.agree(suspects)
+        report = served.agree(conclude)
+        assert report is not None
+        return report
+
+    def _remember(self, of: dict[int, dict[str, int]], version: int, sums: dict[str, int]) -> None:
+        of[version] = sums
+        for old in sorted(of)[:-VERSIONS]:
+            del of[old]
+
+
+class _Served(NamedTuple):
+    """What is sent: of `model`, its modules by name, in `format`, by the `ranks` it is sharded over."""
+
+    model: nn.Module
+    ranks: dist.ProcessGroup | None
+    format: str | None
+    entries: dict[str, list[Entry]]
+    here: bool  # whether this rank has the engine
+
+    def agree(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns on the rank with the engine; an error on one rank is one on all."""
+        return work() if self.ranks is None else together(work, self.ranks)[0]
+
+    def walk(self, read: Callable[[Entry], Value], take: Callable[[list[Value]], None]) -> Exception | None:
+        """`read` each module while it is whole, and `take` the results unit by unit, on the rank with the engine.
+
+        An error is returned: the other ranks wait for this one where the next module is gathered.
+        """
+        problem: Exception | None = None
+        for names in indivisible(self.entries):
+            found: list[Value] = []
+            try:
+                for entry in (one for name in names for one in self.entries[name]):
+                    with entry.whole():
+                        if self.here and problem is None:
+                            found.append(read(entry))
+                if self.here and problem is None:
+                    take(found)
+            except Exception as error:
+                problem = problem or error
+                if self.ranks is None:
+                    break
+        return problem
+
+
+class _Update:
+    """One update of an engine, from `begin_update` on."""
+
+    def __init__(self, engine: RolloutEngine, version: int, held: Mapping[str, int], limit: int) -> None:
+        self.version, self.checksums = version, dict[str, int]()
+        self._engine, self._held, self._begun, self._open = engine, held, False, True
+        self._sent, self._skipped, self._bytes = 0, 0, 0
+        self._buckets = Buckets(limit, self._load)
+        try:
+            engine.begin_update(version)
+        except Exception as error:
+            raise self.failed(error) from error
+        self._begun = True
+
+    def add(self, unit: Mapping[str, Tensor]) -> None:
+        """Send a unit, unless the engine holds just that."""
+        sums = checksums_of(unit)
+        self.checksums |= sums
+        if sums.items() <= self._held.items():
+            self._skipped += len(sums)
+        else:
+            self._buckets.add(unit)
+
+    def finish(self, start: float) -> SyncReport:
+        """Make the engine answer with what was sent."""
+        try:
+            self._buckets.flush()
+            self._engine.end_update()
+            self._open = False
+            if self._engine.version != self.version:
+                raise RuntimeError(f"the engine has taken version {self.version} and says {self._engine.version}.")
+        except Exception as error:
+            raise self.failed(error) from error
+        seconds = time.perf_counter() - start
+        return SyncReport(self.version, self._sent, self._skipped, self._bytes, seconds, self.checksums)
+
+    def failed(self, error: BaseException) -> SyncError:
+        """Give the update up, and say what the engine is now."""
+        said = [f"{'' if self._open else 'after '}version {self.version}: {_sentence(error)}"]
+        if self._open:
+            self._open = False
+            try:
+                self._engine.abort_update()
+            except Exception as failure:  # to be expected of an engine that has not begun
+                said += [f"Its abort failed too: {_sentence(failure)}"] if self._begun else []
+        return SyncError(" ".join([*said, _answers(self._engine)]))
+
+    def _load(self, bucket: dict[str, Tensor]) -> None:
+        arrived = self._engine.load(bucket)
+        for name, tensor in bucket.items():
+            if name not in arrived:
+                raise RuntimeError(f"{name} was sent, and the engine does not say that it arrived.")
+            if arrived[name] != self.checksums[name]:
+                raise RuntimeError(
+                    f"{name} did not arrive as it was sent: checksum {arrived[name]:016x}, sent was "
+                    f"{self.checksums[name]:016x}. The transport changed it."
+                )
+            self._bytes += tensor.numel() * tensor.element_size()
+        self._sent += len(bucket)
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).rstrip(".") + "."
+
+
+def _answers(engine: RolloutEngine) -> str:
+    try:
+        version = engine.version
+    except Exception as error:
+        return f"The engine does not say what it answers with ({type(error).__name__}: {error}): take it as unusable."
+    if version is None:
+        return "The engine is unusable until a whole sync has succeeded."
+    return f"The engine answers with version {version}."
+
+
+def _check_unprepared(model: nn.Module) -> None:
+    first = next((name for name, _ in (*quantized_modules(model), *quantized_experts(model))), None)
+    if first is not None:
+        raise ValueError(f"scheme= quantizes a model that trains unquantized, and {first} is prepared: leave it out.")
+    if "peft" in sys.modules:
+        from lockstep.qat import lora
+
+        if lora.adapted(model):
+            raise ValueError(
+                "scheme= quantizes whole weights: prepare the model with its adapters (lockstep.qat.lora)."
+            )
