@@ -8,7 +8,7 @@ from html import escape
 
 from lockstep.align.report import AlignmentReport, describe_schemes
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .verdict { display: inline-block; padding: .15rem .7rem; border-radius: .3rem; color: #fff; font-weight: 600 }
@@ -28,7 +28,7 @@ def page(report: AlignmentReport) -> str:
     failed = "".join(f"<li>{escape(line)}</li>" for line in failures)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Alignment of {escape(report.checkpoint)}</title>
-<style>{_STYLE}</style></head><body>
+<style>{STYLE}</style></head><body>
 <h1>Does it serve what it trained? {verdict}</h1>
 <p>Checkpoint <code>{escape(report.checkpoint)}</code>, scheme <b>{escape(describe_schemes(report))}</b>, true kernel
 <b>{escape(report.kernel)}</b>; {escape(environment)}.</p>
@@ -53,7 +53,7 @@ def _end_to_end(report: AlignmentReport) -> str:
         ("top-1 agreement", f"{result.top1_agreement:.3%}"),
         ("largest |logit difference|", f"{result.max_logit_difference:.3e}"),
     ]
-    return _table(("measure", "value"), ((False, row) for row in rows))
+    return table(("measure", "value"), ((False, row) for row in rows))
 
 
 def _layers(report: AlignmentReport) -> str:
@@ -71,10 +71,10 @@ def _layers(report: AlignmentReport) -> str:
         weight = "equal" if layer.weight_equal else "differs"
         bad = any(line.startswith(f"{layer.name}:") for line in failures)
         rows.append((bad, (layer.name, str(layer.scheme), weight, *(measured if layer.outputs else ["-"] * 6))))
-    return _table((*header, "error of fake", "error of true"), rows)
+    return table((*header, "error of fake", "error of true"), rows)
 
 
-def _table(header: Iterable[str], rows: Iterable[tuple[bool, Iterable[str]]]) -> str:
+def table(header: Iterable[str], rows: Iterable[tuple[bool, Iterable[str]]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=bad' if bad else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"

@@ -1,6 +1,7 @@
-"""Callbacks for trainers: thin, they call `prepare`, the statistics and the exporter at the right moments."""
+"""Callbacks for trainers: thin, they call `prepare`, statistics, measurements and the exporter at the right moments."""
 
+from lockstep.callbacks.alignment import AlignmentCallback, AlignmentTrainerCallback
 from lockstep.callbacks.qat import QATCallback
 from lockstep.callbacks.trainer import QATTrainerCallback
 
-__all__ = ["QATCallback", "QATTrainerCallback"]
+__all__ = ["AlignmentCallback", "AlignmentTrainerCallback", "QATCallback", "QATTrainerCallback"]
