@@ -4,10 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ENGINE := .venv-engine
 
-.PHONY: demo test test-engine lint docs bench
+.PHONY: demo ablation test test-engine lint docs bench
 
 demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: about 4 minutes on 2 cores, installation not counted
 	$(BIN)/python -m lockstep.recipes.demo
+
+ablation: $(VENV)/.stamp-tensorboard  ## GRPO in four arms of three seeds, trainer and rollouts in bf16 or INT4: about 10 minutes on 2 cores
+	$(BIN)/python -m lockstep.recipes.ablation --jobs 2
 
 test: $(VENV)/.stamp-dev  ## everything but the engine
 	$(BIN)/python -m pytest -n 2
