@@ -4,7 +4,8 @@
     python benchmarks/rollout_two_gpus.py --device cpu --quick    # two processes, gloo
 
 The trainer has bf16 masters in the shapes of Llama 3 8B and sends all of them by `lockstep.export.rollout.broadcast`:
-``sync`` quantizes and packs on the way (bf16 needs no packing), of ``link only`` everything lies there as it is sent.
+``sync`` is `RolloutSession.sync`, which quantizes and packs on the way (bf16 needs no packing), and ``by blocks`` what
+the ranks of a sharded model call, here with one rank. Of ``link only`` everything lies there as it is sent.
 The engine's side is memory in which every tensor ends; what an engine does with tensors then is not in these times.
 Checksums of both sides are compared for every tensor, which is. ``device copy`` is the limit: one copy of as many bytes
 as the bf16 model's largest bucket from GPU to GPU, on a CPU from memory to memory.
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import lockstep
 from lockstep.export import stream
+from lockstep.export.rollout import AuditReport, RolloutSession
 from lockstep.export.rollout.broadcast import BroadcastEngine, connect, serve
 from lockstep.export.rollout.broadcast import sync as send_blocks
 from lockstep.export.rollout.buckets import Buckets
@@ -76,6 +78,13 @@ class Memory:
         self.version = None
 
 
+class Session(RolloutSession):
+    """Of an engine that is memory: nothing computes there that could be audited."""
+
+    def _audit(self, *_: object) -> AuditReport:
+        return AuditReport({}, 0)
+
+
 def hold(options: argparse.Namespace) -> None:
     """The engine's rank, until the trainer has had enough."""
     device = torch.device("cuda", 1) if options.device.type == "cuda" else options.device
@@ -118,11 +127,18 @@ def cases(engine: BroadcastEngine, model: Any, format: str) -> list[Case]:
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
     called = "bf16" if format == "plain" else "INT4 g128, packed"
 
+    session = Session(model, engine)
+
     def sync() -> None:
         engine.format = format  # the memory takes anything
+        report = session.sync()
+        assert (report.sent, report.skipped) == (len(tensors), 0)
+
+    def by_blocks() -> None:
+        engine.format = format
         send_blocks(model, engine, next(VERSIONS))
 
-    steps: dict[str, Callable[[], object]] = {"lockstep, sync": sync}
+    steps: dict[str, Callable[[], object]] = {"lockstep, sync": sync, "lockstep, by blocks": by_blocks}
     steps["lockstep, link only"] = lambda: send_ready(engine, tensors, next(VERSIONS))
     return [Case({"path": path, "format": called, "gigabytes": size}, step) for path, step in steps.items()]
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -219,6 +220,8 @@ def command_lines() -> Iterator[Any]:
 def test_commands_parse(words):
     """Options that are shown exist, and make targets and scripts do."""
     match words:
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None
         case ["lockstep", "fit", "--config", path] | ["python", path, *_]:
             assert (ROOT / path).is_file()
         case ["lockstep", command, *rest]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import multiprocessing
 import os
 import resource
@@ -214,16 +216,14 @@ def test_any_tensors_survive_being_cut_into_buckets(kinds, bucket):
         for number, (dtype, shape) in enumerate(kinds)
     }
     heads, total = broadcast._layout(tensors)
-    staging = [torch.empty(bucket * broadcast.ALIGNMENT, dtype=torch.uint8) for _ in range(2)]
+    size, taken = bucket * broadcast.ALIGNMENT, itertools.cycle(torch.empty(2, bucket * broadcast.ALIGNMENT).byte())
+    offsets = [offset for *_, offset in heads]
     parts = [
-        part.clone()
-        for part in broadcast._filled(
-            [*tensors.values()], [offset for *_, offset in heads], total, staging, lambda: None
-        )
+        part.clone() for _, part in broadcast._filled([*tensors.values()], offsets, total, size, lambda: next(taken))
     ]
     flat = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
     assert flat.numel() == total
-    assert all(part.numel() <= bucket * broadcast.ALIGNMENT for part in parts)
+    assert all(part.numel() == size for part in parts[:-1])
     for name, shape, dtype, _, offset in heads:
         tensor = tensors[name]
         found = flat[offset : offset + tensor.nbytes].view(getattr(torch, dtype)).view(shape)
@@ -252,6 +252,9 @@ def finds_the_flipped_bit(address: str) -> None:
     engine = BroadcastEngine(joined(address, 0))
     with pytest.raises(TransferError, match=r"engine 0 \(.*\): TransferError: fp8 arrived with other bits"):
         sync(engine, 1)
+    with pytest.raises(TransferError, match="fp8"):  # and is not forgotten
+        engine.end_update()
+    assert engine.version == 0
     engine.abort_update()
     assert engine.version == 0
     sync(engine, 2)
@@ -266,6 +269,72 @@ def test_a_bit_that_flips_on_the_way_is_found_and_its_tensor_named(processes):
     processes.finish()
 
 
+def takes_when_told(address: str) -> None:
+    """Takes the first load only when the trainer has done what comes after the second."""
+    engine, link = FakeEngine(), joined(address, 1)
+    load = engine.load
+
+    def patient(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        link.until(lambda: link.there("go on"), [0])
+        return load(tensors)
+
+    engine.load = patient  # type: ignore[method-assign]
+    serve(engine, link)
+
+
+def does_not_wait(address: str) -> None:
+    engine = BroadcastEngine(joined(address, 0), bucket_size=1024)
+    weight, sent = torch.empty(100), {}
+    engine.begin_update(1)
+    for number in range(broadcast.AHEAD):
+        sent |= engine.load({str(number): weight.fill_(number)})  # which may change when load returns
+    assert engine.acknowledged == {}
+    engine.link.put("go on", None)
+    engine.end_update()
+    assert engine.acknowledged == engine.checksums() == sent
+    engine.stop()
+
+
+def test_a_load_does_not_wait_for_the_engines(processes):
+    """The trainer packs the next one meanwhile. At the end every answer has come."""
+    address = free_address()
+    processes.start(does_not_wait, address)
+    processes.start(takes_when_told, address)
+    processes.finish()
+
+
+def has_no_memory(address: str) -> None:
+    """For the bytes of the second load."""
+    link, empty = joined(address, 1), torch.empty
+
+    def full(*shape: Any, **options: Any) -> Tensor:
+        if shape == (4096,):
+            raise RuntimeError("out of memory")
+        return empty(*shape, **options)
+
+    torch.empty = full  # type: ignore[assignment]
+    with pytest.raises(Lost):
+        serve(FakeEngine(), link)
+
+
+def is_told_so(address: str) -> None:
+    engine = BroadcastEngine(joined(address, 0))
+    engine.begin_update(1)
+    with pytest.raises(Lost, match=r"engine 0 \(.*\): Lost: 4096 bytes .* could not be received: out of memory"):  # noqa: PT012
+        engine.load({"small": torch.ones(1)})
+        engine.load({"large": torch.ones(1024)})
+        engine.end_update()
+    with pytest.raises(EngineUnusable, match="out of memory"):
+        engine.generate([[1]], Sampling())
+
+
+def test_an_engine_that_has_no_memory_for_a_load_says_so(processes):
+    address = free_address()
+    processes.start(is_told_so, address)
+    processes.start(has_no_memory, address)
+    processes.finish()
+
+
 def one_is_off(address: str, rank: int) -> None:
     """Two engines: the second takes, holds, runs and computes something else."""
     engine, link = FakeEngine(), joined(address, rank, engines=2)
@@ -276,6 +345,7 @@ def one_is_off(address: str, rank: int) -> None:
             return load({name: one + 1 if name == "scale" else one for name, one in tensors.items()})
 
         engine.load = other  # type: ignore[method-assign]
+        engine.checksums = lambda: {"scale": 1}  # type: ignore[method-assign]
         engine.live_layers = lambda: {"model.q_proj": LAYER._replace(precision="bfloat16")}  # type: ignore
         engine.probe = lambda name, x: x * 3  # type: ignore[method-assign, assignment]
     serve(engine, link)
@@ -283,9 +353,9 @@ def one_is_off(address: str, rank: int) -> None:
 
 def finds_the_one(address: str) -> None:
     engine = BroadcastEngine(joined(address, 0, engines=2))
-    with pytest.raises(EngineFailed, match=r"engine 1 \(.*\) took something else than engine 0 \(.*\): scale\."):
+    with pytest.raises(EngineFailed, match=r"engine 1 \(.*\) took something else than was sent.*: scale\."):
         sync(engine, 1)
-    engine.end_update()
+    engine.abort_update()
     with pytest.raises(EngineFailed, match=r"engine 1 .* holds something else than .*: scale\."):
         engine.checksums()
     with pytest.raises(EngineFailed, match=r"engine 1 .* runs something else than .*: model\.q_proj\."):
@@ -307,9 +377,21 @@ def gets_errors(address: str) -> None:
     engine = BroadcastEngine(joined(address, 0))
     sync(engine, 1)
     engine.begin_update(2)
-    with pytest.raises(KeyError, match=r"engine 0 .*there is no layer refused"):
-        engine.load({"refused": torch.ones(1)})
-    engine.abort_update()
+    for more in (0, 5):  # so the answer is read at the end, and between loads
+        with pytest.raises(KeyError, match=r"engine 0 .*there is no layer refused"):  # noqa: PT012
+            engine.load({"refused": torch.ones(1)})
+            for number in range(more):
+                engine.load({f"more.{number}": torch.ones(1)})
+                assert number < broadcast.AHEAD
+            engine.end_update()
+        engine.abort_update()
+        engine.begin_update(2)
+    engine.load({"refused": torch.ones(1)})
+    engine.begin_update(3)  # what was under way is given up without a word
+    assert engine.load({"more": torch.ones(1)}) == {"more": checksum(torch.ones(1))}
+    engine.end_update()
+    assert engine.acknowledged == engine.checksums() == {"more": checksum(torch.ones(1))}
+    sync(engine, 1)
     with pytest.raises(NotImplementedError, match=r"engine 0 .*does not show its layers"):
         engine.probe("hidden", torch.ones(1))
     assert engine.version == 1
@@ -573,7 +655,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def give_back_what_is_freed() -> None:
+    """So that the peak is what was needed, and not what lies about in the heap."""
+    mmap_threshold = -3
+    assert ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 16)
+
+
 def receives_much(address: str) -> None:
+    give_back_what_is_freed()
     link = joined(address, 1)
     take, floor = link.take, []
 
@@ -587,6 +676,7 @@ def receives_much(address: str) -> None:
 
 
 def sends_much(address: str) -> None:
+    give_back_what_is_freed()
     engine = BroadcastEngine(joined(address, 0), bucket_size="1MB")
     weight = torch.zeros(LOAD // 2, dtype=torch.bfloat16)
     engine.begin_update(1)

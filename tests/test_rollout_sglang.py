@@ -29,7 +29,8 @@ from lockstep import Scheme
 from lockstep.export import save_pretrained, stream
 from lockstep.export.rollout import RolloutSession, SyncError, sglang
 from lockstep.export.rollout.engine import EngineUnusable, Sampling, checksum
-from lockstep.export.rollout.sglang import NotAuditable, NotReloadable, ServerError, SGLangEngine
+from lockstep.export.rollout.sglang import NotAuditable, NotReloadable, SGLangEngine
+from lockstep.export.rollout.sglang_server import ServerError
 
 # Of `sglang.Engine`, without annotations, as read from the wheels. `generate` has more, which are not used.
 SIGNATURES = {

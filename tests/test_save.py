@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import lockstep
 from lockstep import Scheme, grid
 from lockstep.align.metrics import relative_error
-from lockstep.export import Checkpoint, ExportError, formats, save_pretrained, stream
+from lockstep.export import Checkpoint, ExportError, formats, save, save_pretrained, stream
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.layouts import marlin, words
 from lockstep.qat.prepare import quantized_modules
@@ -380,15 +380,20 @@ def test_stream_yields_what_the_folder_holds(tmp_path, format, build):
 
 
 @every_format
-def test_stream_holds_one_packed_layer_at_a_time(format):
-    """Syncing a model that fills the memory must not need a second copy of it."""
-    model = prepared(tiny_llama())
+def test_stream_holds_two_packed_layers_at_a_time(format, monkeypatch):
+    """Syncing a model that fills the memory must not need a second copy of it: what is handed out, and the next."""
+    model, checked = prepared(tiny_llama()), save.checked
     marker, packed, most = formats.find(format).tensors(grouped().weights)[0], [], 0
-    for name, tensor in stream(model, format):
-        if name.endswith(f".{marker}"):
-            packed.append(weakref.ref(tensor))
-            most = max(most, sum(reference() is not None for reference in packed))
-    assert (len(packed), most) == (14, 1)
+
+    def watched(*arguments: Any) -> dict[str, Tensor]:
+        tensors = checked(*arguments)
+        packed.append(weakref.ref(tensors[marker]))
+        return tensors
+
+    monkeypatch.setattr(save, "checked", watched)
+    for _ in stream(model, format):
+        most = max(most, sum(reference() is not None for reference in packed))
+    assert (len(packed), most) == (14, 2)
 
 
 def test_stream_of_a_model_in_the_served_dtype_copies_no_plain_tensor():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -344,6 +345,32 @@ def test_a_fault_of_a_later_sync_stops_it_and_names_the_layer(model, monkeypatch
     with pytest.raises(ExportError, match=r"^second: the packed words do not give back the weight"):
         received += [name for name, _ in stream(model, format)]
     assert not any(one.startswith("second") for one in received)
+
+
+@pytest.mark.parametrize("format", ["pack-quantized", "marlin"])
+def test_a_layer_leaves_after_its_own_verdict_and_the_next_is_made_while_that_is_waited_for(model, monkeypatch, format):
+    """The GPU has work while Python waits, and nobody gets a tensor that may yet be found wrong."""
+    dict(stream(model, format))
+    name, arriving, happened = "pack_quantized" if format == "pack-quantized" else "pack_marlin", save.arriving, []
+    pack = getattr(triton_grid, name)
+
+    def made(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        happened.append(f"made {weight.shape[0]}")
+        return pack(weight, spec)
+
+    def launched(values: Tensor) -> Callable[[], list[Any]]:
+        read = arriving(values)
+        return lambda: happened.append("verdict") or read()
+
+    monkeypatch.setattr(triton_grid, name, made)
+    monkeypatch.setattr(save, "arriving", launched)
+    for stored, _ in stream(model, format):
+        happened.append(stored.rpartition(".")[0])
+    assert [what for what, _ in groupby(happened)] == [
+        *("made 128", "", "verdict", "first"),  # "": buffers, of which none is checked
+        *("made 64", "verdict", "norm"),
+        *("verdict", "second"),
+    ]
 
 
 def test_a_forward_that_multiplies_with_something_else_stops_the_first_sync(model, monkeypatch):

@@ -8,33 +8,28 @@ From the trainer to the engine, one thing changes at each step:
   two programs, the same numbers, another order of additions;
 - ``stale``: the engine with these weights -> the engine as it was found.
 
-A chain begins with what the trainer computes, so a prepared model and an engine of the same scheme have the last two
-links alone; what quantization-aware training has taken out of their gap is measured beside it, as
-`Decomposition.removed`. The differences of a chain's links add up to the whole gap, token by token.
+A chain begins with what the trainer computes. So with a prepared model and an engine of the same scheme it has the last
+two links only, and the others are measured as `Decomposition.removed`: what quantization-aware training took out of the
+gap. The differences of a chain's links add up to the whole gap, token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lockstep import grid
 from lockstep.align.metrics import token_logprobs
 from lockstep.align.mismatch import Mismatch, mismatch
+from lockstep.align.views import is_quantized, served_dtype, views
 from lockstep.export.gather import ranks_of, together
 from lockstep.export.rollout.engine import Completion, RolloutEngine, Sampling
 from lockstep.loading import as_served
-from lockstep.qat.experts import Expert, QATExperts, by_expert
-from lockstep.qat.kv_cache import KVCache
-from lockstep.qat.prepare import quantized_experts, quantized_modules, unwrapped, with_adapters_merged
+from lockstep.qat.prepare import unwrapped
 
 if TYPE_CHECKING:
     from lockstep.export.rollout.session import RolloutSession
@@ -126,9 +121,9 @@ class Decomposition:
 
     Attributes:
         total: the trainer against the engine as it was found.
-        links: what it is made of, in order; of the four those that there are. Without a sync ``kernel`` and ``stale``
-            are one link, ``engine``.
-        removed: links that the trainer's own quantization has taken out of the gap: what they would add without it.
+        links: the parts of it, in order: those of the four that apply. Without a sync ``kernel`` and ``stale`` are one
+            link, ``engine``.
+        removed: the links that quantization-aware training took out of the gap: what they would add without it.
     """
 
     total: Mismatch
@@ -152,7 +147,7 @@ class Decomposition:
 
 @torch.no_grad()
 def decompose(session: RolloutSession, rollout: Rollout | Sequence[Sequence[int]], sync: bool = True) -> Decomposition:
-    """Measure of what the gap between a session's model and its engine is made, on `rollout`'s tokens.
+    """Measure what causes the gap between a session's model and its engine, on `rollout`'s tokens.
 
     The model is left as it was found. It runs in eval mode; masters wider than the served dtype run under autocast to
     it, as they train, unless the caller has an autocast of their own. The engine is asked for its log-probabilities
@@ -172,10 +167,11 @@ def decompose(session: RolloutSession, rollout: Rollout | Sequence[Sequence[int]
     rollout = (rollout if isinstance(rollout, Rollout) else Rollout(rollout)).asked()
     trains_quantized = is_quantized(session.model)
     with session.quantized():
-        inner = [name for name, _ in _views(session.model)]
+        forwards = views(session.model)
+        inner = [*forwards]
         points = {"found": engine_logprobs(session, rollout)}
-        for name, view in _views(session.model):
-            with view(session.model) as model, as_served(model, _served_dtype(model)):
+        for name, view in forwards.items():
+            with view(session.model) as model, as_served(model, served_dtype(model)):
                 points[name] = trainer_logprobs(model, rollout)
     outer = ["found"]
     if sync:
@@ -227,8 +223,8 @@ def kernel_floor(session: RolloutSession, rollout: Rollout) -> Mismatch:
     if rollout.logprobs is not None:
         rollout = _sampled_anew(session, rollout)
     with session.quantized():
-        views = dict(_views(session.model))
-        with views[_served_as(session, list(views))](session.model) as model:
+        forwards = views(session.model)
+        with forwards[_served_as(session, forwards)](session.model) as model:
             return _against(session, trainer_logprobs(model, rollout), rollout)
 
 
@@ -275,25 +271,15 @@ def engine_logprobs(session: RolloutSession, rollout: Rollout) -> list[Tensor]:
 
 def _of_engine(session: RolloutSession, ask: Callable[[RolloutEngine], Value]) -> Value:
     """What `ask` finds out of the engine, on all ranks of a sharded model."""
-    work = partial(_if_there, session.engine, ask)
+
+    def work() -> Value | None:
+        return None if session.engine is None else ask(session.engine)
+
     ranks = ranks_of(session.model)
     found = [work()] if ranks is None else together(work, ranks)
     if answers := [one for one in found if one is not None]:
         return answers[0]
     raise ValueError("this session has no engine here: measure on the rank that has one.")
-
-
-def _if_there(engine: RolloutEngine | None, ask: Callable[[RolloutEngine], Value]) -> Value | None:
-    return None if engine is None else ask(engine)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether the forward of `model` quantizes anything: a layer, experts, or its KV cache."""
-    return bool(_layers(model) or _caches(model))
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    return [layer for _, layer in (*quantized_modules(model), *quantized_experts(model))]
 
 
 def _of_one_length(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -331,113 +317,7 @@ def _masks(rollout: Rollout) -> tuple[list[Tensor], list[Tensor]]:
     return sampled, [~row for row in sampled]
 
 
-# The trainer's forward with less or more quantized -------------------------------------------------------------------
-
-View = Callable[[nn.Module], AbstractContextManager[nn.Module]]
-
-
-def _views(model: nn.Module) -> list[tuple[str, View]]:
-    """The points of the chain on the trainer's side, from unquantized to all that is prepared."""
-    if not is_quantized(model):
-        return [("plain", nullcontext)]
-    inputs = any(layer.scheme.activations for layer in _layers(model))
-    weights: list[tuple[str, View]] = [("weights", _weights_alone)] if inputs or _caches(model) else []
-    return [("plain", _unquantized), *weights, ("full", nullcontext)]
-
-
-def _served_as(session: RolloutSession, views: Sequence[str]) -> str:
-    """Which of them computes with what the engine serves."""
+def _served_as(session: RolloutSession, forwards: Iterable[str]) -> str:
+    """Which of the trainer's `forwards` computes with what the engine serves."""
     plain = _of_engine(session, lambda engine: engine.format == "plain")
-    return "plain" if plain or "full" not in views else "full"
-
-
-@contextmanager
-def _unquantized(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` without any quantization, its adapters merged."""
-    with with_adapters_merged(model) as served, ExitStack() as stack:
-        for _, layer in quantized_modules(served):
-            stack.enter_context(_forward(layer, partial(nn.Linear.forward, layer)))
-        for _, experts in quantized_experts(served):
-            stack.enter_context(_forward(experts, partial(experts.plain_class.forward, experts)))
-        stack.enter_context(_plain_cache(served))
-        yield served
-
-
-@contextmanager
-def _weights_alone(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` with quantized weights, and inputs, keys and values as they are; its adapters merged."""
-    with with_adapters_merged(model) as served, ExitStack() as stack:
-        for _, layer in quantized_modules(served):
-            if layer.scheme.activations is not None:
-                stack.enter_context(_observed(layer))
-        for _, experts in quantized_experts(served):
-            if experts.scheme.activations is not None:
-                stack.enter_context(_forward(experts, partial(_experts_of_plain_inputs, experts)))
-        stack.enter_context(_plain_cache(served))
-        yield served
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """`module` with another forward, for a time."""
-    own = vars(module).get("forward")  # as accelerate's hooks set it
-    setattr(module, "forward", forward)  # noqa: B010
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            setattr(module, "forward", own)  # noqa: B010
-
-
-class _Passing:
-    """While a layer has an observer, its inputs are not quantized: this one observes nothing."""
-
-    def update(self, x: Tensor) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def _observed(layer: Any) -> Iterator[None]:
-    if layer.observer is not None:
-        raise ValueError(f"{layer.qualified_name} is being calibrated, and leaves its inputs as they are: wait.")
-    layer.observer = _Passing()
-    try:
-        yield
-    finally:
-        del layer.observer
-
-
-def _experts_of_plain_inputs(module: QATExperts, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    dtype = module.scheme.weights.served_dtype
-    routing = [one.to(dtype) if one.is_floating_point() else one for one in (*args, *kwargs.values())]
-    return by_expert(module, hidden, *routing, linear=_with_plain_inputs)
-
-
-def _with_plain_inputs(expert: Expert, x: Tensor) -> Tensor:
-    bias = None if expert.bias is None else expert.bias.to(x.dtype)
-    return F.linear(x, grid.dequantize(expert.quantize(), expert.scheme.weights).to(x.dtype), bias)
-
-
-def _caches(model: nn.Module) -> list[Any]:
-    """The attention modules whose keys and values are quantized."""
-    return [module for module in model.modules() if isinstance(getattr(module, "kv_cache", None), KVCache)]
-
-
-@contextmanager
-def _plain_cache(model: nn.Module) -> Iterator[None]:
-    """Keys and values as they are: attention calls what it called before `prepare_kv_cache`."""
-    configs = {id(module.config): module.config for module in _caches(model)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        for config, implementation in before:
-            config._attn_implementation = implementation.removeprefix("lockstep_")
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
-def _served_dtype(model: nn.Module) -> torch.dtype:
-    """That of the first layer's scheme; of a model that is not quantized, fp32: no autocast but the caller's."""
-    return next((layer.scheme.weights.served_dtype for layer in _layers(model)), torch.float32)
+    return "plain" if plain or "full" not in forwards else "full"

@@ -1,10 +1,11 @@
-"""The alignment report as one self-contained page: no script, no font, no image from elsewhere."""
+"""The alignment report as one self-contained page, and what pages are made of: no script or image from elsewhere."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
 from lockstep.align.report import AlignmentReport, describe_schemes
 
@@ -26,18 +27,44 @@ def page(report: AlignmentReport) -> str:
     verdict = '<span class="verdict no">not aligned</span>' if failures else '<span class="verdict yes">aligned</span>'
     environment = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     failed = "".join(f"<li>{escape(line)}</li>" for line in failures)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Alignment of {escape(report.checkpoint)}</title>
-<style>{STYLE}</style></head><body>
-<h1>Does it serve what it trained? {verdict}</h1>
+    body = f"""<h1>Does it serve what it trained? {verdict}</h1>
 <p>Checkpoint <code>{escape(report.checkpoint)}</code>, scheme <b>{escape(describe_schemes(report))}</b>, true kernel
 <b>{escape(report.kernel)}</b>; {escape(environment)}.</p>
 {f"<h2>What is wrong</h2><ul>{failed}</ul>" if failures else ""}
 <h2>End to end</h2>{_end_to_end(report)}
 <h2>Outputs by layer</h2>{_plots(report)}
 <h2>Layers</h2>{_layers(report)}
-</body></html>
 """
+    return document(f"Alignment of {report.checkpoint}", body)
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page of `body`, which is HTML, with more CSS in `style`."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<style>{STYLE}{style}</style></head><body>
+{body}</body></html>
+"""
+
+
+def table(header: Iterable[str], rows: Iterable[tuple[bool, Iterable[str]]]) -> str:
+    """A table of text. Rows that come with True are marked as bad."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr{' class=bad' if bad else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for bad, row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as inline SVG, the same bytes for the same figure."""
+    import matplotlib
+
+    image = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lockstep"}):
+        figure.savefig(image, format="svg", metadata={"Date": None})
+    return image.getvalue()[image.getvalue().index("<svg") :]
 
 
 def _end_to_end(report: AlignmentReport) -> str:
@@ -74,15 +101,6 @@ def _layers(report: AlignmentReport) -> str:
     return table((*header, "error of fake", "error of true"), rows)
 
 
-def table(header: Iterable[str], rows: Iterable[tuple[bool, Iterable[str]]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f"<tr{' class=bad' if bad else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for bad, row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _plots(report: AlignmentReport) -> str:
     """Share of outputs that differ, and the errors against float64, for each layer, as inline SVG."""
     from matplotlib.figure import Figure
@@ -108,6 +126,4 @@ def _plots(report: AlignmentReport) -> str:
         errors.set_xticks(numbers, [layer.name for layer in layers], rotation=90, fontsize=8)
     else:
         errors.set_xlabel("layer, in the model's order")
-    image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()[image.getvalue().index("<svg") :]
+    return svg(figure)

@@ -17,7 +17,7 @@ All is computed in float64 on the CPU. The names that verl and TRL log under, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -138,9 +138,9 @@ class Gap:
         what = f"{self.tokens} tokens of {self.sequences} sequences"
         return f"Gap({what}, mean_abs={self.mean_abs:.4g}, max_abs={self.max_abs:.4g}, k3={self.k3:.4g})"
 
-    def _by_sequence(self, reduce: object) -> Tensor:
+    def _by_sequence(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         rows = self.differences.split([len(row) for row in self.trainer])
-        return torch.stack([reduce(row) for row in rows])  # type: ignore[operator]
+        return torch.stack([reduce(row) for row in rows])
 
 
 @dataclass(frozen=True)

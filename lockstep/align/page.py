@@ -8,7 +8,6 @@ finds in the log of the step at which it starts, or later, is superseded: it mea
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.align.html import STYLE, table
+from lockstep.align.html import document, svg, table
 
 Record = Mapping[str, Any]
 
@@ -85,7 +84,7 @@ def page(records: Sequence[Record]) -> str:
     body = (
         f"<p>At step {last['step']}: {verdict} mean |log-probability difference| {_number(last['gap']['mean_abs'])}"
         f" nats{times}; floor {_number(floor)}, limit {_number(last['limit'])}; {last['tokens']} sampled tokens.</p>"
-        f"<h2>Over the steps</h2>{_svg(figure(records))}"
+        f"<h2>Over the steps</h2>{svg(figure(records))}"
         f"<h2>Latest</h2>{_latest(last)}{_events(events)}"
         f"<h2>Measurements</h2>{_measurements(measured)}"
     )
@@ -148,15 +147,6 @@ _COLOURS = {
 }
 
 
-def _svg(drawing: Any) -> str:
-    import matplotlib
-
-    image = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "lockstep"}):
-        drawing.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()[image.getvalue().index("<svg") :]
-
-
 _STYLE = """
 th:first-child, td:first-child { min-width: 0 }
 .events th, .events td { text-align: left; white-space: nowrap }
@@ -165,13 +155,7 @@ th:first-child, td:first-child { min-width: 0 }
 
 
 def _html(body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Trainer and engine</title>
-<style>{STYLE}{_STYLE}</style></head><body>
-<h1>Does the engine sample from what is trained?</h1>
-{body}
-</body></html>
-"""
+    return document("Trainer and engine", f"<h1>Does the engine sample from what is trained?</h1>\n{body}\n", _STYLE)
 
 
 _WORDS = {

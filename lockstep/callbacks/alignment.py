@@ -65,11 +65,10 @@ class _Alignment:
         self._records: list[page.Record] = []
 
     def weights(self, trainer: Tensor, rollout: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the loss of each token is to be multiplied with, fp32 ``[B, T]``: 1 for the sampled tokens of `mask`
-        while trainer and engine are aligned, `lockstep.align.truncated_importance_weights` while they are not.
+        """What to multiply the loss of each token with, fp32 ``[B, T]``; 0 for tokens that `mask` leaves out.
 
-        They are not from a measurement over the limit to the next one below it, with ``action="tis"``; `correcting`
-        says so. `trainer` and `rollout` are log-probabilities ``[B, T]`` as there.
+        While `correcting`, which needs ``action="tis"``, these are `lockstep.align.truncated_importance_weights` of
+        `trainer` and `rollout`, log-probabilities ``[B, T]``; else 1.
         """
         if self.correcting:
             return truncated_importance_weights(trainer, rollout, mask)
@@ -199,9 +198,9 @@ class AlignmentCallback(_Alignment, Callback):
 
     It measures just before an optimizer step: the trainer still has the weights with which it took the loss, and the
     engine those that sampled the batch, if the loop synchronizes before it samples. The limit of the mean
-    |log-probability difference| of the sampled tokens is ``factor * floor + tolerance``. The floor is measured at the
-    first time, after a sync: the engine against a forward of the trainer with what the engine serves. So where the
-    trainer is not quantized and the engine is, the weight grid counts to the gap, not to the floor.
+    |log-probability difference| of the sampled tokens is ``factor * floor + tolerance``. The floor is measured once,
+    after a sync: the engine against a forward of the trainer with the weights that the engine serves. So where the
+    trainer is not quantized and the engine is, the weight grid is part of the gap, not of the floor.
 
     ``directory/alignment.jsonl`` gets a line for each measurement and event, on the disk at once;
     ``directory/alignment.html`` shows them. A run that is resumed goes on with both, and with the floor in them. The
@@ -230,7 +229,8 @@ class AlignmentCallback(_Alignment, Callback):
         floor: mean |log-probability difference| that the same weights on both sides have, nats; None before.
         limit: what counts as aligned, NaN before the floor is known.
         mismatch: the last measurement, after an action that measured again that one.
-        correcting: whether `weights` corrects now.
+        correcting: whether `weights` corrects now: with ``action="tis"``, from a measurement over the limit to the next
+            one that is not.
 
     Raises:
         ValueError: arguments that contradict each other; a log that cannot be read; see `lockstep.align.mismatch`.
@@ -342,9 +342,10 @@ def _sync(session: RolloutSession | None, sharded: bool) -> None:
         if session is not None and session.engine is not None:
             session.sync()
 
+    everyone = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if sharded and session is not None:
         session.sync()
-    elif dist.is_available() and dist.is_initialized():
-        together(own, dist.distributed_c10d._get_default_group())
-    else:
+    elif everyone is None:
         own()
+    else:
+        together(own, everyone)

@@ -156,9 +156,9 @@ class Rollouts:
 
 
 def _moment(trainer: Any) -> tuple[int, ...]:
-    """What is another, within a run, whenever the weights may be: its optimizer step, and writes to the parameters.
+    """Changes whenever the weights may have changed: the optimizer step, and how often parameters were written to.
 
-    Not the step alone, as in TRL: the best model that is loaded at the end has other weights at the same step, and so
+    TRL looks at the step alone. But the best model that is loaded at the end has other weights at the same step, and so
     has one that is resumed or loaded by hand.
     """
     writes = sum(parameter._version for parameter in trainer.model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -46,8 +46,9 @@ def _check_exportable(model: nn.Module, format: str | None) -> None:
     state = served_state(model)
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ExportError(f"{odd[0]} is a {type(state[odd[0]]).__name__}: a checkpoint holds tensors only.")
-    _check_tied(model)
-    if lost := [key for key in quantized_keys(model) if key not in state]:
+    quantized = quantized_keys(model)
+    _check_tied(model, quantized)
+    if lost := [key for key in quantized if key not in state]:
         raise ExportError(f"{lost[0]} is not in the state dict (pruned, or parametrized?).")
     for name, layer in layers.items():
         if problem := formats.find(by_layer[name]).problem(layer.out_features, layer.in_features, layer.scheme):
@@ -195,8 +196,8 @@ def _check_blocks(siblings: list[str], layers: Mapping[str, Layer]) -> None:
             )
 
 
-def _check_tied(model: nn.Module) -> None:
-    quantized, parameters = quantized_keys(model), dict(model.named_parameters(remove_duplicate=False))
+def _check_tied(model: nn.Module, quantized: Collection[str]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {id(parameters[key]): key for key in quantized if key in parameters}
     for key, parameter in parameters.items():
         if key not in quantized and (owner := owners.get(id(parameter))):

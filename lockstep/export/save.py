@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from lockstep import grid, kernels
 from lockstep.export import formats, hub
+from lockstep.export.arriving import arriving
 from lockstep.export.checkpoint import bitwise_equal, same_bits
 from lockstep.export.directory import ExportError, replacing
 from lockstep.export.gather import fsdp_units, gathered, ranks_of, together, without_wrappers
@@ -58,7 +59,8 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
     Quantized layers come in the tensors of their format (see `formats.FORMATS`) with their measured input scale,
     everything else in the served dtype under the model's own keys. Tensors are on the model's device; plain ones may
     share its memory. Of a sharded model (`lockstep.export.gather`) all ranks must iterate to the end; each gets every
-    tensor whole, under the same names in the same order, and never holds more than one module beside its shards.
+    tensor whole, under the same names in the same order, and never holds more than one module beside its shards. Of a
+    model that is whole, the next module is made on the device while the checks of one are waited for.
 
     Args:
         model: a prepared model, or its wrapper (DDP, FSDP1, DeepSpeed's engine, ``torch.compile``).
@@ -72,10 +74,33 @@ def stream(model: nn.Module, format: str | None = None) -> Iterator[tuple[str, T
         ValueError: an unknown format.
     """
     with with_adapters_merged(model) as served:
-        for entry in entries(served, format, ranks_of(served)):
+        ranks = ranks_of(served)
+        all_of_it = entries(served, format, ranks)
+        if ranks is None:
+            yield from _one_ahead(all_of_it)
+            return
+        for entry in all_of_it:
             with entry.whole():
                 found = dict(entry.tensors())
             yield from found.items()
+
+
+def _one_ahead(entries: Iterable[Entry]) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of `entries`, each handed out after its own checks, when the next is made."""
+    last: tuple[dict[str, Tensor], Callable[[], None]] | None = None
+    for entry in entries:
+        made = entry.made()
+        last, following = (made.tensors, settling(made.checks)), last
+        del made
+        if following is not None:
+            tensors, settled = following
+            settled()
+            yield from tensors.items()
+            del following, tensors, settled  # else they were held while the next is made
+    if last is not None:
+        tensors, settled = last
+        settled()
+        yield from tensors.items()
 
 
 def save_pretrained(
@@ -163,12 +188,64 @@ def quantization_entry(
     return writer.config([Group(*key, tuple(names)) for key, names in groups.items()], ignored, kv_cache)
 
 
+class Check(NamedTuple):
+    """A check that is launched: a number or bool ``[]`` on its device, 0 if all is right; and who looks closer if not.
+
+    That raises ExportError, or finds that all is right nevertheless.
+    """
+
+    found: Tensor
+    look: Callable[[], None]
+
+
+class Made(NamedTuple):
+    """What is stored of a module: of use to nobody before its checks are settled."""
+
+    tensors: dict[str, Tensor]
+    checks: list[Check]
+
+
+def settle(checks: Sequence[Check]) -> None:
+    """Wait for `checks`. ExportError if something is wrong."""
+    settling(checks)()
+
+
+def settling(checks: Sequence[Check]) -> Callable[[], None]:
+    """`settle`, of which the waiting is done when the result is called."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Check]] = {}
+    for check in checks:
+        alike.setdefault((check.found.device, check.found.dtype), []).append(check)
+    found = [(some, arriving(torch.stack([check.found for check in some]))) for some in alike.values()]
+
+    def wait() -> None:
+        for some, read in found:
+            for check, value in zip(some, read(), strict=True):
+                if value:
+                    check.look()
+
+    return wait
+
+
 class Entry(NamedTuple):
-    """A module that has something to store."""
+    """A module that has something to store.
+
+    Within the block of `whole` its parameters are whole; there `parts` makes what is stored of it, and appends to a
+    list the checks that it has launched and not settled; without a list it settles each before it goes on. They too
+    are settled in the block, if the model is sharded.
+    """
 
     name: str  # in the state dict
-    whole: Callable[[], AbstractContextManager[None]]  # the block in which its parameters are whole
-    tensors: Callable[[], Iterable[tuple[str, Tensor]]]  # what is stored of it, made in that block
+    whole: Callable[[], AbstractContextManager[None]]
+    parts: Callable[[list[Check] | None], Iterable[tuple[str, Tensor]]]
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """What is stored, each tensor checked."""
+        return self.parts(None)
+
+    def made(self) -> Made:
+        """What is stored, whose checks are to be settled."""
+        checks: list[Check] = []
+        return Made(dict(self.parts(checks)), checks)
 
 
 def entries(model: nn.Module, format: str | None, ranks: dist.ProcessGroup | None) -> list[Entry]:
@@ -176,10 +253,10 @@ def entries(model: nn.Module, format: str | None, ranks: dist.ProcessGroup | Non
 
     Any order is right, if it is that of all ranks. `model` is within `with_adapters_merged`.
     """
-    return _entries(model, format) if ranks is None else _agreed(model, format, ranks)
+    return _entries(model, format, sharded=False) if ranks is None else _agreed(model, format, ranks)
 
 
-def _entries(model: nn.Module, format: str | None) -> list[Entry]:
+def _entries(model: nn.Module, format: str | None, sharded: bool) -> list[Entry]:
     units, model = fsdp_units(model), unwrapped(model)
     keys: dict[str, dict[str, Layer]] = {}
     by_layer: dict[str, str] = {}
@@ -187,39 +264,42 @@ def _entries(model: nn.Module, format: str | None) -> list[Entry]:
         check_exportable(model, format)
         check_measured(model)
     with without_wrappers(model):
-        scheme = _served_as(model)
+        found = quantized_keys(model)
+        layers = {name: layer for of_key in found.values() for name, layer in of_key.items()}
+        scheme = _served_as(model, layers)
         if format != PLAIN:
-            keys, by_layer = quantized_keys(model), stored_as(quantized_layers(model), format)
-        state = served_state(model)
-        owners = {name: model.get_submodule(name) for name in dict.fromkeys(map(_owner, state))}
+            keys, by_layer = found, stored_as(layers, format)
+        state, owners = served_state(model), dict(model.named_modules(remove_duplicate=False))
 
     def entry(name: str, own: list[str]) -> Entry:
         module = owners[name]
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
+        def parts(later: list[Check] | None) -> Iterator[tuple[str, Tensor]]:
             for key in own:
                 parameter = module._parameters.get(key.rpartition(".")[2])
                 tensor = state[key] if parameter is None else parameter.detach()
                 quantized = keys.get(key, {})
                 _check_whole(key, tensor, quantized, parameter is not None)
                 if quantized:
-                    yield from _stored(key, quantized, by_layer)
+                    yield from _stored(key, quantized, by_layer, later)
                     continue
                 served = served_tensor(model, key, tensor, scheme)
                 if parameter is not None:  # buffers may hold an infinity on purpose, as masks do
-                    check_finite(key, served)
+                    _check_finite(key, served, later)
                 # FSDP1 takes the memory back.
                 yield from hub.stored_tensors(model, key, served.clone() if units else served).items()
 
-        return Entry(name, partial(gathered, getattr(module, "fused", ()) or (module,), units), tensors)
+        if not sharded:
+            return Entry(name, nullcontext, parts)
+        return Entry(name, partial(gathered, getattr(module, "fused", ()) or (module,), units), parts)
 
     return [entry(name, list(own)) for name, own in groupby(state, _owner)]
 
 
-def _served_as(model: nn.Module) -> Scheme:
-    """A scheme with the served dtype of `model`."""
-    if keys := quantized_keys(model):
-        return next(iter(next(iter(keys.values())).values())).scheme
+def _served_as(model: nn.Module, layers: Mapping[str, Layer]) -> Scheme:
+    """A scheme with the served dtype of `model`, of which `layers` are prepared."""
+    if layers:
+        return next(iter(layers.values())).scheme
     own = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.bfloat16)
     return Scheme(TensorSpec(served_dtype=torch.float16 if own == torch.float16 else torch.bfloat16))
 
@@ -229,7 +309,7 @@ def _agreed(model: nn.Module, format: str | None, ranks: dist.ProcessGroup) -> l
     entries: list[Entry] = []
 
     def plan() -> str:
-        entries.extend(_entries(model, format))
+        entries.extend(_entries(model, format, sharded=True))
         with without_wrappers(unwrapped(model)):
             names = [*served_state(unwrapped(model))]
         return json.dumps([None if format == PLAIN else quantization_config(model, format), names])
@@ -307,19 +387,24 @@ def _save_sharded(
         together(finish, ranks)
 
 
-def _stored(key: str, layers: Mapping[str, Layer], by_layer: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _stored(
+    key: str, layers: Mapping[str, Layer], by_layer: Mapping[str, str], later: list[Check] | None
+) -> Iterator[tuple[str, Tensor]]:
     """The stored tensors of the master `key`, with their names: of each layer of it, or of its experts as one."""
     first = next(iter(layers))
     if by_layer[first] == "marlin" and isinstance(layers[first], Expert):
-        yield from _stacked(first, cast("list[Expert]", list(layers.values()))).items()
+        yield from _stacked(first, cast("list[Expert]", list(layers.values())), later).items()
         return
     for name, layer in layers.items():
-        for suffix, stored in checked(name, layer, by_layer[name]).items():
+        for suffix, stored in checked(name, layer, by_layer[name], later).items():
             yield f"{name}.{suffix}", stored
 
 
-def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
-    """The tensors of one layer, of which its weight was read back and found to be the one that it trained with."""
+def checked(name: str, layer: Layer, format: str, later: list[Check] | None = None) -> dict[str, Tensor]:
+    """The tensors of one layer, of which its weight was read back and found to be the one that it trained with.
+
+    With `later` the check may have been launched only, and is appended to it.
+    """
     layout, scheme, spec = formats.find(format), layer.scheme, layer.scheme.weights
     weight = layer.weight.detach()
     kernel = kernels.training(scheme, weight.device)
@@ -332,10 +417,11 @@ def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
             tensors = layout.write(quantized, spec)
     except ValueError as error:
         raise ExportError(f"{name} cannot be stored as {format}: {error}.") from error
-    if quantized is not None or not _found_clean(weight, tensors, spec, format, kernel):
+
+    def read_back(stored: Mapping[str, Tensor]) -> None:
         check_finite(f"{name}.weight", weight)
         try:
-            read = layout.read(tensors, spec)
+            read = layout.read(stored, spec)
         except ValueError as error:
             raise ExportError(f"{name} cannot be stored as {format}: {error}.") from error
         check_finite(f"{name}.weight, as it is served", grid.dequantize(read, spec))
@@ -343,14 +429,15 @@ def checked(name: str, layer: Layer, format: str) -> dict[str, Tensor]:
             raise ExportError(
                 f"{name}: the packed words do not give back the weight that it trained with. Nothing is written."
             )
-        _READ_BACK.add(_kind(weight, spec, format, kernel))
+
+    _check(weight, tensors, spec, format, kernel if quantized is None else None, read_back, later)
     scale = layer.stored_scale()
     if scale is not None and scheme.activations is not None:
         tensors[scheme.activations.scale_name] = scale.detach()
     return tensors
 
 
-def _stacked(name: str, experts: Sequence[Expert]) -> dict[str, Tensor]:
+def _stacked(name: str, experts: Sequence[Expert], later: list[Check] | None) -> dict[str, Tensor]:
     """All experts of one parameter as the fused kernel has them, read back: gate rows above up rows.
 
     `name` is one of theirs.
@@ -362,14 +449,15 @@ def _stacked(name: str, experts: Sequence[Expert]) -> dict[str, Tensor]:
     weight = torch.stack([torch.cat([of[number, part] for part in parts]) for number in numbers])
     kernel, module, format = kernels.training(scheme, weight.device), name.rsplit(".", 2)[0], formats.find("marlin")
     words, scales = kernel.pack_marlin(weight, scheme.weights)
-    tensors = {"B": words, "s": scales}
-    if not _found_clean(weight, tensors, scheme.weights, "marlin", kernel):
+
+    def read_back(stored: Mapping[str, Tensor]) -> None:
         check_finite(module, weight)
-        served = grid.dequantize(format.read(tensors, scheme.weights), scheme.weights)
+        served = grid.dequantize(format.read(stored, scheme.weights), scheme.weights)
         check_finite(f"{module}, as it is served", served)
         if not bitwise_equal(served, kernel.fake_quantize(weight, scheme.weights)):
             raise ExportError(f"{module}: the packed words do not give back the weights that it trained with.")
-        _READ_BACK.add(_kind(weight, scheme.weights, "marlin", kernel))
+
+    _check(weight, {"B": words, "s": scales}, scheme.weights, "marlin", kernel, read_back, later)
     which = "w2" if parts == ["down_proj"] else "w13"
     return {f"{module}.{which}_weight_packed": words, f"{module}.{which}_weight_scale": scales}
 
@@ -387,20 +475,40 @@ def _kind(weight: Tensor, spec: TensorSpec, format: str, kernel: Quantizer) -> t
     return kernel, spec, format, weight.dtype, weight.shape, weight.device
 
 
-def _found_clean(
-    weight: Tensor, tensors: Mapping[str, Tensor], spec: TensorSpec, format: str, kernel: Quantizer
-) -> bool:
-    """Whether the kernel's own check finds nothing wrong with the stored `tensors`. If not, they must be read back.
+def _check(
+    weight: Tensor,
+    tensors: Mapping[str, Tensor],
+    spec: TensorSpec,
+    format: str,
+    kernel: Quantizer | None,
+    read_back: Callable[[Mapping[str, Tensor]], None],
+    later: list[Check] | None,
+) -> None:
+    """Have the stored `tensors` of `weight` checked by the kernel that has packed them, or else by `read_back`.
 
-    That check knows what the forward multiplies with from the grid's definition alone. So the first weight of a kind is
-    read back in any case, and compared with what the forward's own kernel makes of it: should a compiler have broken
-    that or the check, it has done so for all of the kind.
+    The kernel's check knows what the forward multiplies with from the grid's definition alone. So the first weight of a
+    kind is read back in any case, and compared with what the forward's own kernel makes of it: should a compiler have
+    broken that or the check, it has done so for all of the kind.
     """
-    if format not in _CHECKED or _kind(weight, spec, format, kernel) not in _READ_BACK:
-        return False
-    words, scale, order = _CHECKED[format]
-    found = kernel.check_packed(weight, tensors[words], tensors[scale], spec, order)
-    return found is not None and not found.item()
+    if kernel is None:
+        read_back(tensors)
+        return
+    kind, found = _kind(weight, spec, format, kernel), None
+    if format in _CHECKED and kind in _READ_BACK:
+        words, scale, order = _CHECKED[format]
+        found = kernel.check_packed(weight, tensors[words], tensors[scale], spec, order)
+    if found is None:
+        read_back(tensors)
+        _READ_BACK.add(kind)
+    else:
+        _settle_or_append(Check(found, partial(read_back, dict(tensors))), later)
+
+
+def _settle_or_append(check: Check, later: list[Check] | None) -> None:
+    if later is None:
+        settle([check])
+    else:
+        later.append(check)
 
 
 def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
@@ -416,15 +524,26 @@ def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """ExportError if a value of the tensor `name` is NaN or infinite."""
+    _check_finite(name, tensor, None)
+
+
+def _check_finite(name: str, tensor: Tensor, later: list[Check] | None) -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
+
+    def look() -> None:
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ExportError(
+                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite in {dtype_name(tensor.dtype)}."
+            )
+
     # The largest magnitude takes one pass over memory, `isfinite` of each value seven; of 8 bits torch has it not.
-    seen = tensor if tensor.itemsize == 1 else torch.linalg.vector_norm(tensor, torch.inf)
-    if not torch.isfinite(seen).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ExportError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite in {dtype_name(tensor.dtype)}."
-        )
+    if tensor.itemsize == 1:
+        found = (~torch.isfinite(tensor)).any()
+    else:
+        largest = torch.linalg.vector_norm(tensor, torch.inf)
+        found = largest - largest != 0
+    _settle_or_append(Check(found, look), later)
 
 
 Shard = tuple[str, list[str], int]  # the file, the tensors in it, their bytes

@@ -229,9 +229,9 @@ def find(operator: str, name: str, scheme: Scheme, device: torch.device) -> Kern
     raise KernelUnavailable(f"no {operator} kernel {name!r}: there are {names}.")
 
 
-def sum_of_words(device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """`triton_checksum.sum_of_words` where it runs on tensors on `device`, else None."""
-    return None if TRITON_PROBLEM or device.type != "cuda" else triton_checksum.sum_of_words
+def add_sum_of_words(device: torch.device) -> Callable[[Tensor, Tensor], None] | None:
+    """`triton_checksum.add_sum_of_words` where it runs on tensors on `device`, else None."""
+    return None if TRITON_PROBLEM or device.type != "cuda" else triton_checksum.add_sum_of_words
 
 
 def training(scheme: Scheme, device: torch.device) -> Quantizer:

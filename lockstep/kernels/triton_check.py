@@ -28,8 +28,8 @@ from lockstep import grid
 from lockstep.kernels.triton_arithmetic import TL_DTYPES, _Launch, _magnitude, _round, _widen
 from lockstep.scheme import RULES, TensorSpec
 
-# A program's rows and columns, and the columns of a row that are read at a time.
-ROWS, COLUMNS = 32, 128
+# The weights of a program in the order of rows; what it reads of a row that has no groups; and of a row of Marlin's.
+BLOCK, COLUMNS, MARLIN_COLUMNS = 4096, 128, 128
 ROW_BLOCK = 4096
 
 Order = Literal["rows", "marlin"]
@@ -54,37 +54,51 @@ class _Grid:
     served: tl.dtype
 
 
-# Where a code stands -------------------------------------------------------------------------------------------------
+# Where a code stands: each word is loaded once, and spread over the weights that it has the codes of ----------------
 
 
 @triton.jit
-def _place_of_code(n, k, rows, columns, bits: tl.constexpr, marlin: tl.constexpr):
-    """The word of code (n, k) of a matrix, and the lowest of its bits.
+def _fields_of_rows(words, n, rows, columns, size: tl.constexpr, grid: tl.constexpr):
+    """The fields of rows `n` ``[R]``, from the column ``program_id(1) * size`` on: ``[R, size]``."""
+    fields: tl.constexpr = 32 // grid.bits
+    word = tl.program_id(1) * (size // fields) + tl.arange(0, size // fields)[None, :, None]
+    row = n[:, None, None]
+    inside = (row < rows) & (word < columns // fields)
+    word = tl.load(words + row.to(tl.int64) * (columns // fields) + word, mask=inside, other=grid.zeros)
+    shift = (grid.bits * tl.arange(0, fields))[None, None, :]
+    return tl.reshape((word >> shift) & ((1 << grid.bits) - 1), [n.shape[0], size])
+
+
+@triton.jit
+def _fields_of_tiles(words, rows, columns, block: tl.constexpr, grid: tl.constexpr):
+    """The fields of the 64 rows and the `block` columns of this program: ``[64, block]``.
 
     Marlin's definition (layouts/marlin.py): thread ``4e + a`` owns row ``k = 2a + p + 8d`` of a tile of 16, and column
     ``n = 16w + 8h + e`` of its 64. With 4 bits the threads have a word for each w, with the fields (p, h, d); with 8 a
-    word for each (w, h), with the fields (p, d).
+    word for each (w, h), with the fields (p, d). The axes here are those of n and k: ``[w, h, e, tile, d, a, p]``.
     """
-    fields: tl.constexpr = 32 // bits
-    a, p, d = k % 8 // 2, k % 2, k % 16 // 8
-    w, h, e = n % 64 // 16, n % 16 // 8, n % 8
-    line, thread = k // 16 * (rows * 16 // fields), 4 * e + a
-    if not marlin:
-        place, field = n * (columns // fields) + k // fields, k % fields
-    elif bits == 4:
-        place, field = line + n // 64 * 128 + thread * 4 + w, 4 * p + 2 * h + d
+    in_a_line: tl.constexpr = 16 * 64 * grid.bits // 32
+    w = tl.arange(0, 4)[:, None, None, None, None, None, None]
+    h = tl.arange(0, 2)[None, :, None, None, None, None, None]
+    e = tl.arange(0, 8)[None, None, :, None, None, None, None]
+    tile = tl.program_id(0) * (block // 16) + tl.arange(0, block // 16)[None, None, None, :, None, None, None]
+    d = tl.arange(0, 2)[None, None, None, None, :, None, None]
+    a = tl.arange(0, 4)[None, None, None, None, None, :, None]
+    p = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    if grid.bits == 4:
+        place, field = (4 * e + a) * 4 + w, 4 * p + 2 * h + d
     else:
-        place, field = line + n // 64 * 256 + thread * 8 + 2 * w + h, 2 * p + d
-    return place, field * bits
+        place, field = (4 * e + a) * 8 + 2 * w + h, 2 * p + d
+    place += tile * (rows // 64 * in_a_line) + tl.program_id(1) * in_a_line
+    word = tl.load(words + place, mask=tile < columns // 16, other=grid.zeros)
+    return tl.reshape((word >> (field * grid.bits)) & ((1 << grid.bits) - 1), [64, block])
 
 
 @triton.jit
-def _place_of_scale(n, group, rows, groups, alone: tl.constexpr, marlin: tl.constexpr):
-    """Where the scale of row n and `group`, `alone` if there is but one, is. Marlin's are transposed, and in another
-    order within 64 or 32 rows."""
-    if not marlin:
-        place = n * groups + group
-    elif alone:  # 32t + 2i + 8j + m, m in 0..1, is found at 32t + 8i + 2j + m
+def _place_of_scale(n, group, rows, alone: tl.constexpr):
+    """Where Marlin has the scale of row n and `group`, `alone` if there is but one: in another order within 64 or 32
+    rows."""
+    if alone:  # 32t + 2i + 8j + m, m in 0..1, is found at 32t + 8i + 2j + m
         place = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
     else:  # 64t + 8j + i is found at 64t + 8i + j
         place = group * rows + n // 64 * 64 + n % 8 * 8 + n % 64 // 8
@@ -157,7 +171,43 @@ def _row_scales_kernel(weight, out, columns: tl.constexpr, block: tl.constexpr, 
 
 
 @triton.jit
-def _check_kernel(
+def _scale_is_wrong(stored, scale, grid: tl.constexpr):
+    """Whether the `stored` scale is not `scale`, bit for bit, or is no finite number, or the engine makes one of it."""
+    furthest = _widen(_round(stored * grid.furthest, grid.served))
+    wrong = (stored.to(tl.int32, bitcast=True) != scale.to(tl.int32, bitcast=True)) | (scale != scale)
+    return wrong | (_magnitude(furthest) >= 0x7F800000)
+
+
+@triton.jit
+def _report(found, w, field, stored, scale, grid: tl.constexpr):
+    """Set `found` if a code of `w` ``[R, C]``, or the stored scale of a row of it, is not as it should be."""
+    beyond = _beyond(field, w, tl.where(scale == 0, 1.0, scale)[:, None], grid)
+    wrong = (tl.max(beyond, 1) > 0) | _scale_is_wrong(stored, scale, grid)
+    tl.store(found + tl.arange(0, w.shape[0]) * 0, 1, mask=wrong)
+
+
+@triton.jit
+def _check_rows_kernel(
+    weight, words, scales, of_rows, found, rows, columns, size: tl.constexpr, block: tl.constexpr, grid: tl.constexpr
+):
+    """Look at `block` rows, and `size` columns of them, and set `found` if anything is not as it should be.
+
+    A row is a group, or else `of_rows` has its scale.
+    """
+    n = tl.program_id(0) * block + tl.arange(0, block)
+    k = tl.program_id(1) * size + tl.arange(0, size)
+    inside = (n < rows)[:, None] & (k < columns)[None, :]
+    w = _widen(tl.load(weight + n.to(tl.int64)[:, None] * columns + k[None, :], mask=inside, other=0.0))
+    stored = _widen(tl.load(scales + n, mask=n < rows, other=0.0))
+    if of_rows is None:
+        scale = _scale_of_rows(w, grid)
+    else:
+        scale = tl.load(of_rows + n, mask=n < rows, other=0.0)
+    _report(found, w, _fields_of_rows(words, n, rows, columns, size, grid), stored, scale, grid)
+
+
+@triton.jit
+def _check_tiles_kernel(
     weight,
     words,
     scales,
@@ -168,46 +218,32 @@ def _check_kernel(
     groups,
     alone: tl.constexpr,
     size: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_columns: tl.constexpr,
+    block: tl.constexpr,
     grid: tl.constexpr,
-    marlin: tl.constexpr,
 ):
-    """Look at a tile of one matrix, and set `found` if anything is not as it should be.
+    """Look at 64 rows and `block` columns of one matrix, and set `found` if anything is not as it should be.
 
     With `of_rows`, the scales of whole rows, groups are cut at will.
     """
     matrix = tl.program_id(2).to(tl.int64)
-    weight += matrix * rows * columns
-    words += matrix * rows * (columns // (32 // grid.bits))
-    scales += matrix * rows * groups
-    # A matrix has fewer than 2**31 words, and may have more weights.
-    weight += tl.program_id(1).to(tl.int64) * tile_rows * columns
-    row = tl.arange(0, tile_rows)[:, None]
-    n = tl.program_id(1) * tile_rows + row
-    worst = 0.0
-    for part in tl.static_range(tile_columns // size):
-        group = tl.program_id(0) * (tile_columns // size) + part
-        k = group * size + tl.arange(0, size)[None, :]
-        inside = (n < rows) & (k < columns)
-        w = _widen(tl.load(weight + row * columns + k, mask=inside, other=0.0))
-        if of_rows is None:
-            scale = _scale_of_rows(w, grid)[:, None]
-        else:
-            group = 0
-            scale = tl.load(of_rows + matrix * rows + n, mask=n < rows, other=0.0)
-        place = _place_of_scale(n, group, rows, groups, alone, marlin)
-        stored = _widen(tl.load(scales + place, mask=(n < rows) & (group < groups), other=0.0))
-        furthest = _widen(_round(stored * grid.furthest, grid.served))
-        wrong = (stored.to(tl.int32, bitcast=True) != scale.to(tl.int32, bitcast=True)) | (scale != scale)
-        wrong = wrong | (_magnitude(furthest) >= 0x7F800000)
-        worst = tl.maximum(worst, tl.max(tl.max(wrong.to(tl.float32), 1), 0))
-        place, shift = _place_of_code(n, k, rows, columns, grid.bits, marlin)
-        field = (tl.load(words + place, mask=inside, other=grid.zeros) >> shift) & ((1 << grid.bits) - 1)
-        beyond = _beyond(field, w, tl.where(scale == 0, 1.0, scale), grid)
-        worst = tl.maximum(worst, tl.max(tl.max(beyond, 1), 0))
-    if worst != 0:  # nor NaN
-        tl.store(found, 1)
+    first = tl.program_id(1).to(tl.int64) * 64
+    k = tl.program_id(0) * block + tl.arange(0, block)[None, :]
+    at = (matrix * rows + first) * columns + tl.arange(0, 64)[:, None] * columns + k
+    w = _widen(tl.load(weight + at, mask=k < columns, other=0.0))
+    field = _fields_of_tiles(words + matrix * rows * (columns // (32 // grid.bits)), rows, columns, block, grid)
+    # A row for each group.
+    here: tl.constexpr = block // size
+    w, field = tl.reshape(w, [64 * here, size]), tl.reshape(field, [64 * here, size])
+    n = tl.program_id(1) * 64 + tl.arange(0, 64 * here) // here
+    group = tl.program_id(0) * here + tl.arange(0, 64 * here) % here
+    if of_rows is None:
+        scale = _scale_of_rows(w, grid)
+    else:
+        group = group * 0
+        scale = tl.load(of_rows + matrix * rows + n)
+    place = matrix * rows * groups + _place_of_scale(n, group, rows, alone)
+    stored = _widen(tl.load(scales + place, mask=group < groups, other=0.0))
+    _report(found, w, field, stored, scale, grid)
 
 
 def check_packed(weight: Tensor, words: Tensor, scale: Tensor, spec: TensorSpec, order: Order) -> Tensor | None:
@@ -241,13 +277,19 @@ def _launches(spec: TensorSpec, master: torch.dtype, shape: torch.Size, marlin: 
     """The scales of rows, where those are what trains, and the comparison."""
     grid.check(master, shape, spec)
     *lead, n, k = shape
-    by_row, groups = None, spec.num_groups(k)
+    matrices, groups, rule = math.prod(lead), spec.num_groups(k), _grid(spec, master)
+    by_row = None
     if spec.group_size is None:
         block = max(8, min(triton.next_power_of_2(k), ROW_BLOCK))
-        by_row = _Launch(_row_scales_kernel, (math.prod(lead) * n, 1, 1), (k, block, _grid(spec, master)))
-    programs = (triton.cdiv(k, COLUMNS), triton.cdiv(n, ROWS), math.prod(lead))
-    sizes = (n, k, groups, groups == 1, spec.group_size or COLUMNS, ROWS, COLUMNS)
-    return by_row, _Launch(_check_kernel, programs, (*sizes, _grid(spec, master), marlin), warps=8)
+        by_row = _Launch(_row_scales_kernel, (matrices * n, 1, 1), (k, block, rule))
+    if marlin:
+        programs = (triton.cdiv(k, MARLIN_COLUMNS), n // 64, matrices)
+        sizes = (n, k, groups, groups == 1, spec.group_size or MARLIN_COLUMNS, MARLIN_COLUMNS)
+        return by_row, _Launch(_check_tiles_kernel, programs, (*sizes, rule), warps=8)
+    # Groups are rows, one after another.
+    rows, columns, size = matrices * n * groups, k // groups, spec.group_size or COLUMNS
+    programs = (triton.cdiv(rows, BLOCK // size), triton.cdiv(columns, size), 1)
+    return by_row, _Launch(_check_rows_kernel, programs, (rows, columns, size, BLOCK // size, rule))
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,11 +36,12 @@ def _sum_kernel(words, total, count, block: tl.constexpr):
     tl.atomic_add(total, tl.sum(tl.where(inside, mixed, 0), 0))
 
 
-def sum_of_words(words: Tensor) -> Tensor:
-    """Of int32 words ``[n]``, each mixed with its place from 1 on: int64 ``[]`` on their device, modulo 2**64."""
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
+def add_sum_of_words(words: Tensor, total: Tensor) -> None:
+    """Add the sum of contiguous int32 `words`, each mixed with its place from 1 on, to the first element of `total`.
+
+    That is int64, and wraps around.
+    """
     _launch(words.numel())(words, total)
-    return total
 
 
 @lru_cache

@@ -5,7 +5,11 @@ all engines; on each engine rank `serve` applies what comes to an engine that li
 headers, replies, checksums) go through a key-value store that the first trainer rank hosts. Weights go as flat buckets
 by broadcast, in a group for each trainer rank that holds that rank and all engines: of a sharded model every trainer
 rank has every module whole for a moment (`lockstep.export.gather`), so the ranks take turns in sending, and no rank
-gathers or sends for the others. Each tensor's checksum goes along and is compared where it arrives.
+gathers or sends for the others. Each tensor's checksum goes along and is compared with what the engine has taken.
+
+No load waits for its own answer. The trainer sends on while the engines take what came before, and an engine receives
+the next load while it takes the last one. Answers are read up to `AHEAD` loads later, all of them before the engines
+are told to answer with the new version: what is wrong with any load ends the update, in which nothing was published.
 
 Who is gone is not waited for. All ranks beat once in a while; who is silent for `timeout` seconds is lost. Steps of an
 update have a limit beside that; answers of an engine that lives have none. An engine that loses its trainer gives up
@@ -15,6 +19,7 @@ the update that was under way and leaves `serve`; it can be connected to the nex
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import socket
@@ -22,8 +27,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +47,8 @@ Value = TypeVar("Value")
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 
 ALIGNMENT = 256  # of each tensor in a bucket, in bytes: any dtype can view it, and copies are aligned
+AHEAD = 2  # loads without an answer: one that an engine takes, and one that it receives
+BUCKETS = 4  # in turn on their way, so that the link has work while the next load is announced
 PIECE = 4 << 20  # of a message: the store takes values of up to 8 MiB
 BEAT = 1.0  # seconds between signs of life, at most
 PATIENCE = 5  # times the timeout: the most that a step of an update may take of an engine that gives signs of life
@@ -91,24 +100,31 @@ class Link:
             except RuntimeError:  # the store is gone, which the other thread finds out by itself
                 return
 
-    def put(self, key: str, value: Any) -> None:
-        """Leave a message of plain values and tensors. Lost if the store is gone."""
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        data = buffer.getvalue()
-        pieces = range(0, len(data), PIECE)
+    def put(self, key: str, value: Any) -> list[str]:
+        """Leave a message of plain values and tensors. Returns the keys that it takes. Lost if the store is gone."""
+        data = _encoded(value)
+        pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
+        keys = [key, *(f"{key}/{number}" for number in range(1, len(pieces)))]
+        head = len(pieces).to_bytes(4, "little")
         with self._reaching_the_store():
-            for number, start in enumerate(pieces):
-                self.store.set(f"{key}/{number}", data[start : start + PIECE])  # type: ignore[arg-type]
-            self.store.set(key, str(len(pieces)))
+            for name, piece in zip(keys[1:], pieces[1:], strict=True):
+                self.store.set(name, piece)  # type: ignore[arg-type]
+            self.store.set(key, head + pieces[0])  # type: ignore[arg-type]
+        return keys
 
-    def take(self, key: str, from_ranks: Iterable[int], limit: float | None = None) -> Any:
-        """The message `key`, when it is there. See `until`."""
+    def there(self, key: str) -> bool:
+        """Whether the message `key` is there. Lost if the store is gone."""
+        with self._reaching_the_store():
+            return self.store.check([key])
+
+    def take(self, key: str, from_ranks: Iterable[int], limit: float | None = None) -> tuple[Any, list[str]]:
+        """The message `key`, when it is there, and the keys that it takes. See `until`."""
         with self._reaching_the_store():
             self.until(lambda: self.store.check([key]), from_ranks, limit)
-            pieces = int(self.store.get(key))
-            data = b"".join(self.store.get(f"{key}/{number}") for number in range(pieces))
-        return torch.load(io.BytesIO(data), weights_only=True)
+            first = self.store.get(key)
+            keys = [key, *(f"{key}/{number}" for number in range(1, int.from_bytes(first[:4], "little")))]
+            data = b"".join([first[4:], *map(self.store.get, keys[1:])])
+        return _decoded(data), keys
 
     def until(self, done: Callable[[], bool], ranks: Iterable[int], limit: float | None = None) -> None:
         """Wait.
@@ -129,12 +145,11 @@ class Link:
                 raise Lost(f"no answer from {names} within {limit:g} s: connect anew, or with a longer timeout.")
             time.sleep(min(0.1, max(1e-4, (now - start) / 20)))  # late by a twentieth; the store serves many
 
-    def drop(self, key: str) -> None:
+    def drop(self, keys: Iterable[str]) -> None:
         """Forget a message. Lost if the store is gone."""
         with self._reaching_the_store():
-            for number in range(int(self.store.get(key))):
-                self.store.delete_key(f"{key}/{number}")
-            self.store.delete_key(key)
+            for key in keys:
+                self.store.delete_key(key)
 
     def _check_alive(self, ranks: Iterable[int], seen: dict[int, tuple[int, float]], now: float) -> None:
         with self._reaching_the_store():
@@ -249,6 +264,19 @@ def _group(store: dist.Store, place: int, size: int, device: torch.device, timeo
     return dist.ProcessGroupGloo(store, place, size, timedelta(seconds=PATIENCE * timeout))
 
 
+@dataclass
+class _Asked:
+    """A request on its way, on a trainer rank."""
+
+    number: int
+    request: str
+    speaker: int
+    limit: float | None
+    keys: list[str] = field(default_factory=list)  # of the request, on the rank that speaks
+    sent: dict[str, int] | None = None  # checksums of a load, there
+    broken: Lost | None = None  # what befell the bytes of a load, there
+
+
 class BroadcastEngine:
     """All engines of a `Link`, as one: they get the same weights; prompts are dealt out among them.
 
@@ -256,7 +284,10 @@ class BroadcastEngine:
 
     Args:
         link: from `connect`, on a trainer rank.
-        bucket_size: of a bucket on its way, of which this rank holds two; bytes, or a string such as ``"64MB"``.
+        bucket_size: of a bucket on its way, of which this rank holds four; bytes, or a string such as ``"64MB"``.
+
+    Attributes:
+        acknowledged: checksums, by name, of what all engines have taken in this update, as far as they have answered.
 
     Raises:
         ValueError: the engines take different formats.
@@ -270,7 +301,11 @@ class BroadcastEngine:
         self._count = 0  # of requests, the same on all trainer ranks
         self._loads = 0
         self._lost: str | None = None
-        self._staging: list[Tensor] = []
+        self._under_way: deque[_Asked] = deque()  # loads that the engines have not answered
+        self._failed: Exception | None = None  # what is wrong with one of this update
+        self.acknowledged: dict[str, int] = {}
+        self._free: list[Tensor] | None = None  # buckets; None before the first load
+        self._sending: deque[tuple[Any, Tensor]] = deque()  # broadcasts, and the buckets that they read
         self._version: int | None = None
         facts = self._ask("facts")
         for number, other in enumerate(facts):
@@ -292,36 +327,47 @@ class BroadcastEngine:
         """See `RolloutEngine`."""
         if self._lost is not None:
             raise EngineUnusable(f"{self._lost} Connect anew and sync everything.")
-        self._loads = 0
+        self._forget_loads()
+        self._loads, self.acknowledged = 0, {}
         self._ask("begin", version=version, limit=self.link.limit)
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """See `RolloutEngine`. Of several trainer ranks one sends, each in its turn; `tensors` are the same on all.
+        """See `RolloutEngine`; but the checksums are those of what was sent: the engines have not answered yet.
+
+        `tensors` may change when this returns: what is on its way is a copy. The engines' answers are compared with
+        what was sent later: in one of the next two loads, or in `end_update`, which
+        raises what is said here before any engine is told to answer with the new version. An update of which a load
+        failed cannot be ended, only aborted.
+
+        Of several trainer ranks one sends, each in its turn. `tensors` are looked at on that rank alone, and on the
+        others the result is empty: `acknowledged` is the same on all.
 
         Raises:
             TransferError: names the tensors that arrived with other bits.
+            EngineFailed: names the engine, and the tensors of which it says that it took other bits or none.
             Lost: a rank is gone.
         """
+        self._check_not_failed()
         sender = self._loads % self.link.trainers
         self._loads += 1
-        if self.link.rank != sender:
-            replies = self._ask("load", speaker=sender, limit=self.link.limit)
-        else:
-            heads, total = _layout(tensors)
-            replies = self._ask(
-                "load",
-                speaker=sender,
-                then=lambda: self._send(tensors, heads, total),
-                limit=self.link.limit,
-                heads=heads,
-                total=total,
-                bucket=self._bucket,
-            )
-        self._check_same("took", replies)
-        return replies[0]
+        mine = self.link.rank == sender
+        heads, total = _layout(tensors) if mine else ([], 0)
+        asked = self._next("load", sender, self.link.limit)
+        self._under_way.append(asked)
+        if mine:
+            asked.sent = {name: sent for name, *_, sent, _ in heads}
+            try:
+                self._say(asked, heads=heads, total=total, bucket=self._bucket)
+                self._send(tensors, heads, total)
+            except Lost as error:  # of whom, shows in who still answers
+                asked.broken = error
+        self._settle(0 if asked.broken else AHEAD)
+        return dict(asked.sent or {})
 
     def end_update(self) -> None:
-        """See `RolloutEngine`."""
+        """See `RolloutEngine`. Raises first what is wrong with a load: see `load`."""
+        self._settle()
+        self._check_not_failed()
         try:
             self._version = _same(self._ask("end", limit=self.link.limit))
         except Exception:
@@ -330,6 +376,7 @@ class BroadcastEngine:
 
     def abort_update(self) -> None:
         """See `RolloutEngine`. Of a link that was lost nothing is left to abort: the engines do it by themselves."""
+        self._forget_loads()
         if self._lost is None:
             self._version = None
             self._version = _same(self._ask("abort", limit=self.link.limit))
@@ -375,6 +422,7 @@ class BroadcastEngine:
 
     def stop(self) -> None:
         """Make `serve` return on all engines, and give up the link."""
+        self._forget_loads()
         if self._lost is None:
             self._ask("stop", limit=self.link.limit)
             self._last_one_closes()
@@ -406,31 +454,65 @@ class BroadcastEngine:
                     f"{self._name(number)} {verb} something else than {self._name(0)}: {_listed(differing)}."
                 )
 
-    def _ask(
-        self,
-        request: str,
-        *,
-        speaker: int = 0,
-        then: Callable[[], None] = lambda: None,
-        limit: float | None = None,
-        **arguments: Any,
-    ) -> list[Any]:
-        """What each engine answers. One trainer rank speaks, does what comes `then`, and tells the others."""
+    def _check_not_failed(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _forget_loads(self) -> None:
+        """Wait for the answers that are due; an update that is given up may have failed in any way."""
+        with suppress(Exception):
+            self._settle()
+        self._failed = None
+
+    def _settle(self, most: int = 0) -> None:
+        """Wait for the engines' answers until at most `most` loads have none; after an error until none has."""
+        while len(self._under_way) > most:
+            try:
+                for reply in self._answers(self._under_way.popleft()):
+                    self.acknowledged |= reply
+            except Lost:
+                self._under_way.clear()
+                raise
+            except Exception as error:
+                self._failed, most = self._failed or error, 0
+        self._check_not_failed()
+
+    def _ask(self, request: str, *, limit: float | None = None, **arguments: Any) -> list[Any]:
+        """What each engine answers, when all that was asked before is answered. The first trainer rank speaks."""
+        self._settle()
+        asked = self._next(request, 0, limit)
+        if self.link.rank == asked.speaker:
+            try:
+                self._say(asked, **arguments)
+            except Lost as error:
+                asked.broken = error
+        return self._answers(asked)
+
+    def _next(self, request: str, speaker: int, limit: float | None) -> _Asked:
+        """The next request, to be counted on all trainer ranks."""
         if self._lost is not None:
             raise EngineUnusable(f"{self._lost} Connect anew and sync everything.")
-        link, number = self.link, self._count
         self._count += 1
-        verdict = f"verdict/{number}"
+        return _Asked(self._count - 1, request, speaker, limit)
+
+    def _say(self, asked: _Asked, **arguments: Any) -> None:
+        """Put a request to the engines, on the rank that speaks."""
+        said = {"request": asked.request, "speaker": asked.speaker, **arguments}
+        asked.keys = self.link.put(f"request/{asked.number}", said)
+
+    def _answers(self, asked: _Asked) -> list[Any]:
+        """What each engine answers. The rank that spoke reads it, and tells the other trainer ranks."""
+        link, verdict = self.link, f"verdict/{asked.number}"
         try:
-            if link.rank == speaker:
-                found = self._speak(number, request, arguments, then, limit)
+            if link.rank == asked.speaker:
+                found = self._heard(asked)
                 if link.trainers > 1:
                     link.put(verdict, found)
             else:
-                found = link.take(verdict, [speaker], None if limit is None else 2 * limit)
-                if link.store.add(f"read/{number}", 1) == link.trainers - 1:  # the last one to read it
-                    link.drop(verdict)
-                    link.store.delete_key(f"read/{number}")
+                limit = None if asked.limit is None else 2 * asked.limit
+                found, keys = link.take(verdict, [asked.speaker], limit)
+                if link.store.add(f"read/{asked.number}", 1) == link.trainers - 1:  # the last one to read it
+                    link.drop([*keys, f"read/{asked.number}"])
         except Lost as error:
             found = {"error": ["Lost", str(error)]}
         if "error" in found:
@@ -438,52 +520,60 @@ class BroadcastEngine:
             if kind == "Lost":
                 self._lost, self._version = text, None
                 link.close()
+                self._sending.clear()  # not before: what is on its way reads them
+                self._free = None
                 raise Lost(text)
             raise {one.__name__: one for one in KINDS}.get(kind, EngineFailed)(text)
         return found["values"]
 
-    def _speak(
-        self, number: int, request: str, arguments: dict[str, Any], then: Callable[[], None], limit: float | None
-    ) -> dict[str, Any]:
+    def _heard(self, asked: _Asked) -> dict[str, Any]:
         """The engines' ``values``, or the first ``error``."""
         link, values, errors = self.link, [], []
         try:
-            link.put(f"request/{number}", {"request": request, "speaker": link.rank, **arguments})
-            broken = None
-            try:
-                then()
-            except Lost as error:  # of whom, shows in who still answers
-                broken = error
-            for engine in range(link.engines):
-                reply = link.take(f"reply/{number}/{engine}", [link.trainers + engine], limit)
-                link.drop(f"reply/{number}/{engine}")
+            for engine in range(link.engines) if asked.keys else ():
+                reply, keys = link.take(f"reply/{asked.number}/{engine}", [link.trainers + engine], asked.limit)
+                link.drop(keys)
                 if "error" in reply:
                     kind, text = reply["error"]
                     errors.append([kind, f"{self._name(engine)}: {text}"])
                 values.append(reply.get("value"))
-            if broken is not None and not errors:
-                raise broken
-            link.drop(f"request/{number}")
+            if asked.broken is not None and not errors:
+                raise asked.broken
+            link.drop(asked.keys)
         except Lost as error:
             return {"error": ["Lost", str(error)]}
+        if not errors and asked.sent is not None:
+            errors = self._other_bits(asked.sent, values)
         return {"error": errors[0]} if errors else {"values": values}
 
+    def _other_bits(self, sent: Mapping[str, int], taken: Sequence[Mapping[str, int]]) -> list[Any]:
+        """The errors of engines that took other bits than were sent, or say nothing of a tensor."""
+        errors: list[Any] = []
+        for engine, reply in enumerate(taken):
+            if names := [name for name, total in sent.items() if reply.get(name) != total]:
+                text = f"{self._name(engine)} took something else than was sent, or says nothing: {_listed(names)}."
+                errors.append(["EngineFailed", text])
+        return errors
+
     def _send(self, tensors: Mapping[str, Tensor], heads: Sequence[Any], total: int) -> None:
-        """Broadcast the bytes of `tensors`, one bucket filled while the other is on its way."""
-        if not self._staging:
-            self._staging = [torch.empty(self._bucket, dtype=torch.uint8, device=self.link.device) for _ in range(2)]
-        link, works = self.link, deque[Any]()
+        """Start to broadcast the bytes of `tensors`, which may change then: what is on its way lies in buckets."""
+        if self._free is None:
+            make = partial(torch.empty, self._bucket, dtype=torch.uint8, device=self.link.device)
+            self._free = [make() for _ in range(BUCKETS)]
+        link, free = self.link, self._free
         engines = range(link.trainers, link.trainers + link.engines)
 
-        def free_a_buffer() -> None:
-            if len(works) == len(self._staging):
-                _finish(works.popleft(), link, engines)
+        def bucket() -> Tensor:
+            # The host waits, not only the stream: a stream that waits for an engine that is gone would wait forever.
+            while self._sending and (not free or self._sending[0][0].is_completed()):
+                work, sent = self._sending.popleft()
+                _finish(work, link, engines)
+                free.append(sent)
+            return free.pop(0)
 
         offsets = [offset for *_, offset in heads]
-        for part in _filled([*tensors.values()], offsets, total, self._staging, free_a_buffer):
-            works.append(_broadcast(link.groups[link.rank], part))
-        for work in works:
-            _finish(work, link, engines)
+        for whole, part in _filled([*tensors.values()], offsets, total, self._bucket, bucket):
+            self._sending.append((_broadcast(link.groups[link.rank], part), whole))
 
 
 def sync(model: nn.Module, engine: BroadcastEngine, version: int) -> dict[str, int]:
@@ -501,7 +591,7 @@ def sync(model: nn.Module, engine: BroadcastEngine, version: int) -> dict[str, i
         EngineFailed, Lost: see `BroadcastEngine.load`. Likewise.
         ValueError: the link is of another number of ranks than the model.
     """
-    ranks, link, sums = ranks_of(model), engine.link, dict[str, int]()
+    ranks, link = ranks_of(model), engine.link
     count = 1 if ranks is None else dist.get_world_size(ranks)
     if count != link.trainers:
         raise ValueError(
@@ -516,12 +606,12 @@ def sync(model: nn.Module, engine: BroadcastEngine, version: int) -> dict[str, i
         try:
             for turn, block in enumerate(blocks.values()):
                 tensors = _packed(block, turn % link.trainers == link.rank, ranks)
-                sums |= engine.load(tensors)
+                engine.load(tensors)
             engine.end_update()
         except Exception:
             engine.abort_update()
             raise
-    return sums
+    return dict(engine.acknowledged)
 
 
 def _packed(block: Iterable[Entry], mine: bool, ranks: dist.ProcessGroup | None) -> dict[str, Tensor]:
@@ -560,9 +650,13 @@ def serve(engine: RolloutEngine, link: Link) -> None:
     number, me = 0, link.rank - link.trainers
     if me < 0:
         raise ValueError(f"rank {link.rank} is a trainer's: make a BroadcastEngine(link) there.")
+    ahead: dict[str, Any] | None = None
     try:
         while True:
-            request = link.take(f"request/{number}", range(link.trainers))
+            request = ahead or _asked(link, number)
+            # What comes next is received while this is taken. Not more: it takes memory.
+            loading = request["request"] == "load"
+            ahead = _asked(link, number + 1) if loading and link.there(f"request/{number + 1}") else None
             kind = request.pop("request")
             lost = None
             try:
@@ -584,6 +678,42 @@ def serve(engine: RolloutEngine, link: Link) -> None:
         link.close()
 
 
+def _asked(link: Link, number: int) -> dict[str, Any]:
+    """A request, when it is there; what a load brings is on its way from then on."""
+    request, _ = link.take(f"request/{number}", range(link.trainers))
+    if request["request"] == "load":
+        request["arriving"] = _Arriving(link, request["speaker"], request.pop("total"), request.pop("bucket"))
+    return request
+
+
+class _Arriving:
+    """The bytes of a load on their way to this rank: `total`, in pieces of `bucket`.
+
+    A piece lies in memory that this rank's stream has made free before it was asked for, and is read by the stream
+    after it has come: `finish` waits for it.
+    """
+
+    def __init__(self, link: Link, speaker: int, total: int, bucket: int) -> None:
+        self._link, self._speaker, self._works = link, speaker, list[Any]()
+        self._broken: Lost | None = None
+        try:
+            self._flat = torch.empty(total, dtype=torch.uint8, device=link.device)
+            for start in range(0, total, bucket):
+                self._works.append(_broadcast(link.groups[speaker], self._flat[start : start + bucket]))
+        except Lost as error:  # is the answer to this load, not to the one before
+            self._broken = error
+        except RuntimeError as error:  # no memory; the sender cannot be told in time to keep its bytes
+            self._broken = Lost(f"{total} bytes of a load could not be received: {_first_line(error)}")
+
+    def finish(self) -> Tensor:
+        """The bytes, when they are there. Lost if they do not come."""
+        if self._broken is not None:
+            raise self._broken
+        for work in self._works:
+            _finish(work, self._link, [self._speaker])
+        return self._flat
+
+
 class _Answer:
     """What an engine rank does for each request; a method for each, by its name."""
 
@@ -599,13 +729,16 @@ class _Answer:
         self.updating = True
         self._engine.begin_update(version)
 
-    def load(self, speaker: int, heads: list[Any], total: int, bucket: int) -> dict[str, int]:
-        tensors = _received(self._link, speaker, heads, total, bucket)
-        found = checksums_of(tensors)
-        wrong = [name for name, *_, sent, _ in heads if found[name] != sent]
-        if wrong:
-            raise TransferError(f"{_listed(wrong)} arrived with other bits than sent.")
-        return self._engine.load(tensors)
+    def load(self, speaker: int, heads: list[Any], arriving: _Arriving) -> dict[str, int]:
+        tensors = _received(heads, arriving)
+        try:
+            taken = self._engine.load(tensors)
+        except Exception:
+            _check_arrived(heads, tensors)  # before the engine is blamed
+            raise
+        if any(taken.get(name) != sent for name, *_, sent, _ in heads):
+            _check_arrived(heads, tensors)
+        return {name: taken[name] for name, *_ in heads if name in taken}
 
     def end(self, speaker: int) -> int | None:
         self._engine.end_update()
@@ -651,47 +784,58 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[list[tuple[str, list[int], s
 
 
 def _filled(
-    tensors: Sequence[Tensor],
-    offsets: Sequence[int],
-    total: int,
-    staging: Sequence[Tensor],
-    free_a_buffer: Callable[[], None],
-) -> Iterator[Tensor]:
-    """The flat bytes of `tensors` in buckets, each in the next of the `staging` buffers, which is free by then."""
-    size, current = staging[0].numel(), 0
+    tensors: Sequence[Tensor], offsets: Sequence[int], total: int, size: int, bucket: Callable[[], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flat bytes of `tensors`, cut every `size` bytes: each in a free `bucket`, and the part of it that is filled.
 
-    def bucket(number: int) -> Tensor:
-        return staging[number % len(staging)][: total - number * size]
-
+    Tensor by tensor: a copy of bytes is as fast as the memory, which torch's fused copies of many tensors are not.
+    """
+    whole, number = bucket() if total else torch.empty(0), 0
     for tensor, offset in zip(tensors, offsets, strict=True):
         flat, done = tensor.detach().contiguous().view(-1).view(torch.uint8), 0
         while done < flat.numel():
-            number, start = divmod(offset + done, size)
-            while current < number:
-                yield bucket(current)
-                current += 1
-                free_a_buffer()
+            owner, start = divmod(offset + done, size)
+            while number < owner:
+                yield whole, whole
+                whole, number = bucket(), number + 1
             count = min(size - start, flat.numel() - done)
-            bucket(number)[start : start + count].copy_(flat[done : done + count], non_blocking=True)
+            # Of pinned memory the copy would be read later, when it may have changed.
+            whole[start : start + count].copy_(flat[done : done + count], non_blocking=not flat.is_pinned())
             done += count
     if total:
-        yield bucket(current)
+        yield whole, whole[: total - number * size]
 
 
-def _received(link: Link, speaker: int, heads: Sequence[Any], total: int, bucket: int) -> dict[str, Tensor]:
-    """The tensors that rank `speaker` broadcasts: views of one flat buffer. Lost if they do not come."""
-    flat, works = torch.empty(total, dtype=torch.uint8, device=link.device), deque[Any]()
-    for start in range(0, total, bucket):
-        works.append(_broadcast(link.groups[speaker], flat[start : start + bucket]))
-        if len(works) > 2:
-            _finish(works.popleft(), link, [speaker])
-    for work in works:
-        _finish(work, link, [speaker])
-    tensors = {}
+def _received(heads: Sequence[Any], arriving: _Arriving) -> dict[str, Tensor]:
+    """The tensors of a load, when they are there: views of one flat buffer. Lost if they do not come."""
+    flat, tensors = arriving.finish(), {}
     for name, shape, dtype, _, offset in heads:
         kind, count = getattr(torch, dtype), torch.Size(shape).numel()
         tensors[name] = flat[offset : offset + count * kind.itemsize].view(kind).view(shape)
     return tensors
+
+
+def _check_arrived(heads: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
+    """TransferError, with their names, if tensors lie here with other bits than sent."""
+    found = checksums_of(tensors)
+    if wrong := [name for name, *_, sent, _ in heads if found[name] != sent]:
+        raise TransferError(f"{_listed(wrong)} arrived with other bits than sent.")
+
+
+def _encoded(value: Any) -> bytes:
+    """A message: plain values as JSON, which is quick, what holds tensors as torch saves it."""
+    try:
+        return b"J" + json.dumps(value).encode()
+    except TypeError:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return b"T" + buffer.getvalue()
+
+
+def _decoded(data: bytes) -> Any:
+    if data[:1] == b"J":
+        return json.loads(data[1:])
+    return torch.load(io.BytesIO(data[1:]), weights_only=True)
 
 
 def _broadcast(group: Any, part: Tensor) -> Any:

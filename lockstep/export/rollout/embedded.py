@@ -208,8 +208,14 @@ class EmbeddedEngine:
                 found, wanted = (f"{list(one.shape)} {dtype_name(one.dtype)}" for one in (tensor, place))
                 raise ValueError(f"{name} is {found}, the engine holds {wanted}.")
         self._arrived |= tensors.keys()
+        alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for name, tensor in tensors.items():
-            self._places[name].copy_(tensor)
+            place = self._places[name]
+            places, sent = alike.setdefault((place.device, tensor.device, place.dtype), ([], []))
+            places.append(place)
+            sent.append(tensor)
+        for places, sent in alike.values():
+            torch._foreach_copy_(places, sent)
         return checksums_of({name: self._places[name] for name in tensors})
 
     @torch.no_grad()

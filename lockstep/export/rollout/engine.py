@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lockstep import kernels
+from lockstep.export.arriving import arriving
 
 # Weight bits hashed at a time: bounds the memory of `checksum` to about six times as many bytes.
 CHUNK = 1 << 22
@@ -112,44 +114,78 @@ def checksum(tensor: Tensor) -> int:
 
 def checksums_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """`checksum` of each of `tensors`, waiting once for each device."""
-    sums = {name: _sum_of_words(tensor) for name, tensor in tensors.items()}
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    return checksums_later(tensors)()
+
+
+def checksums_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, int]]:
+    """`checksums_of`, launched now and waited for when the result is called: `tensors` may be changed after this."""
     found: dict[str, int] = {}
-    for name, total in sums.items():
-        if isinstance(total, int):
-            found[name] = total
+    heads: dict[str, int] = {}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        heads[name] = _head(tensor.dtype, tensor.shape)
+        words = _words(tensor)
+        if words.device.type == "cpu" and words.numel() <= SHORT:
+            found[name] = _sum_of_few(*words.view(-1).tolist())
         else:
-            by_device.setdefault(total.device, {})[name] = total
-    for totals in by_device.values():
-        found |= zip(totals, torch.stack([*totals.values()]).tolist(), strict=True)
-    return {name: _with_head(found[name], tensor) for name, tensor in tensors.items()}
+            by_device.setdefault(words.device, {})[name] = words
+    sums = [(names, arriving(_sums(list(names.values()), device))) for device, names in by_device.items()]
+
+    def read() -> dict[str, int]:
+        for names, totals in sums:
+            found.update(zip(names, totals(), strict=True))
+        return {name: _mixed(found[name] + head) for name, head in heads.items()}
+
+    return read
 
 
-def _sum_of_words(tensor: Tensor) -> Tensor | int:
-    """The sum of the 32-bit words of a tensor, each mixed with its place, modulo 2**64: int64 ``[]`` where it lies."""
-    flat = tensor.detach().contiguous().view(-1)
+def _words(tensor: Tensor) -> Tensor:
+    """The 32-bit words of a tensor, contiguous int32 of any shape, filled up with zeros."""
+    tensor = tensor.detach()
+    # Sizes of 1 may have any stride. A view at an odd place, or of an odd length, cannot be one of words.
+    if tensor.numel() and tensor.ndim and tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % 16:
+        if tensor.dtype == torch.int32:
+            return tensor
+        if not (tensor.shape[-1] * tensor.itemsize % 4 or tensor.storage_offset() % 4):
+            return tensor.view(torch.int32)
+    flat = tensor.contiguous().view(-1)
     flat = flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element may have any stride and be contiguous
     pad = -flat.numel() % 4
     if pad or flat.storage_offset() % 4 or flat.data_ptr() % 4:
         flat = torch.nn.functional.pad(flat, (0, pad))  # a copy
-    words = flat.view(torch.int32)
-    if words.device.type == "cpu" and words.numel() <= SHORT:
-        return sum(_mixed(word + _mixed(place)) for place, word in enumerate(words.tolist(), 1))
-    if fast := kernels.sum_of_words(words.device):
-        return fast(words)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    return flat.view(torch.int32)
+
+
+def _sums(words: list[Tensor], device: torch.device) -> Tensor:
+    """For each of `words` the sum of them, each mixed with its place, modulo 2**64: int64 ``[n]`` on their `device`."""
+    totals = torch.zeros(len(words), 2, dtype=torch.int64, device=device)  # at multiples of 16 bytes: see `_Launch`
+    add = kernels.add_sum_of_words(device) or _add_sum_of_words
+    for some, total in zip(words, totals.unbind(), strict=True):
+        add(some, total)
+    return totals[:, 0]
+
+
+def _add_sum_of_words(words: Tensor, total: Tensor) -> None:
+    """`triton_checksum.add_sum_of_words` in plain torch."""
+    words = words.view(-1)
     for start in range(0, words.numel(), CHUNK):
         part = words[start : start + CHUNK].to(torch.int64)
-        place = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
-        total += _mix(part + _mix(place)).sum()
-    return total
+        place = torch.arange(start + 1, start + 1 + part.numel(), device=words.device)
+        total[0] += _mix(part + _mix(place)).sum()
 
 
-def _with_head(total: int, tensor: Tensor) -> int:
-    """The checksum of `tensor`, of which `total` is the sum of words: with its dtype and shape."""
-    for byte in f"{tensor.dtype!s}{list(tensor.shape)}".encode():
+@lru_cache
+def _sum_of_few(*words: int) -> int:
+    return sum(_mixed(word + _mixed(place)) for place, word in enumerate(words, 1))
+
+
+@lru_cache
+def _head(dtype: torch.dtype, shape: torch.Size) -> int:
+    """What the sum of words is mixed with at last: of the dtype and the shape."""
+    total = 0
+    for byte in f"{dtype!s}{list(shape)}".encode():
         total = _mixed(total * 257 + byte)
-    return total & ALL
+    return total
 
 
 def _mixed(x: int) -> int:

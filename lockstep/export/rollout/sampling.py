@@ -21,17 +21,17 @@ LOGITS, PART = 1 << 29, 1 << 27
 
 
 def check(sampling: Sampling) -> None:
-    """ValueError if `sampling` says what cannot be done."""
-    fields: dict[str, tuple[Any, bool]] = {
-        "max_tokens": (sampling.max_tokens, sampling.max_tokens > 0),
-        "temperature": (sampling.temperature, 0 <= sampling.temperature < float("inf")),
-        "top_k": (sampling.top_k, sampling.top_k >= 0),
-        "top_p": (sampling.top_p, 0 < sampling.top_p <= 1),
-        "n": (sampling.n, sampling.n > 0),
+    """ValueError if a field of `sampling` is out of its range."""
+    fields = {
+        "max_tokens": (sampling.max_tokens > 0, "at least 1"),
+        "temperature": (0 <= sampling.temperature < float("inf"), "0 or a positive number"),
+        "top_k": (sampling.top_k >= 0, "0 (all tokens) or a positive number"),
+        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        "n": (sampling.n > 0, "at least 1"),
     }
-    for name, (value, fine) in fields.items():
+    for name, (fine, allowed) in fields.items():
         if not fine:
-            raise ValueError(f"Sampling.{name}={value!r} is out of range, see the docstring of Sampling.")
+            raise ValueError(f"Sampling.{name}={getattr(sampling, name)!r}: it must be {allowed}.")
 
 
 def uniforms(rows: int, sampling: Sampling) -> Tensor:
@@ -57,11 +57,9 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     top-k before top-p as in transformers, and the token at which the cumulated probability passes `uniform`.
     """
     scores = logits.float()
-    if sampling.temperature in (0, 1):
-        logprobs = scores.log_softmax(-1)
-    else:
+    if sampling.temperature not in (0, 1):
         scores = scores / sampling.temperature
-        logprobs = scores.log_softmax(-1)
+    logprobs = scores.log_softmax(-1)
     if sampling.temperature == 0:
         tokens = scores.argmax(-1)
     else:
@@ -216,14 +214,10 @@ def sequence_logprobs(model: Any, sequences: Sequence[Sequence[int]], most: int)
         padded = not bool(mask.all())
         ids = ids.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask.to(model.device) if padded else None, use_cache=False).logits
-        each = torch.cat([
-            part.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            for part, tokens in zip(
-                logits[:, :-1].split(max(1, PART // (len(rows) * width)), 1),
-                ids[:, 1:].split(max(1, PART // (len(rows) * width)), 1),
-                strict=True,
-            )
-        ], 1).cpu()  # fmt: skip
+        size = max(1, PART // (len(rows) * width))
+        parts = zip(logits[:, :-1].split(size, 1), ids[:, 1:].split(size, 1), strict=True)
+        chosen = [part.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)) for part, tokens in parts]
+        each = torch.cat(chosen, 1).squeeze(-1).cpu()
         for number, row, own in zip(batch, rows, each, strict=True):
             found[number] = own[: len(row) - 1].clone()
     return found

@@ -22,8 +22,8 @@ from lockstep.export.gather import ranks_of, together, without_wrappers
 from lockstep.export.rollout import audit
 from lockstep.export.rollout.audit import AuditError, AuditReport, Inspection
 from lockstep.export.rollout.buckets import Buckets, indivisible
-from lockstep.export.rollout.engine import RolloutEngine, checksums_of
-from lockstep.export.save import PLAIN, Entry, entries, parse_bytes, quantization_config
+from lockstep.export.rollout.engine import RolloutEngine, checksums_later, checksums_of
+from lockstep.export.save import PLAIN, Entry, Made, entries, parse_bytes, quantization_config, settle, settling
 from lockstep.export.served import Layer, quantized_keys, unquantized_layers
 from lockstep.qat.prepare import (
     prepare,
@@ -70,7 +70,8 @@ class RolloutSession:
     ...     train(model, engine.generate(prompts, sampling))
 
     The first sync audits the engine, see `audit`. Tensors go in buckets of whole units: the projections that engines
-    fuse, and all experts of a block. There is no second copy of the model: beside it there are one bucket and one unit.
+    fuse, and all experts of a block. There is no second copy of the model: beside it there are one bucket and two
+    units, of which one is checked and hashed on the device while the other is waited for.
 
     Of a sharded model (FSDP1, FSDP2, ZeRO-3) all ranks make a session and call the same methods of it; rank zero has
     the engine, the others pass None. An error on one rank is an error on all.
@@ -139,9 +140,9 @@ class RolloutSession:
             if self.engine is not None:
                 update = self._begin(self.engine, held)
 
-        def take(unit: list[list[tuple[str, Tensor]]]) -> None:
+        def take(unit: list[Made]) -> None:
             assert update is not None
-            update.add({name: tensor for tensors in unit for name, tensor in tensors})
+            update.add(unit)
 
         def finish() -> SyncReport | None:
             if problem is not None:
@@ -151,7 +152,7 @@ class RolloutSession:
         try:
             with self._served() as served:
                 served.agree(begin)
-                problem = served.walk(lambda entry: [*entry.tensors()], take)
+                problem = served.walk(served.make, take)
                 report = served.agree(finish)
                 assert report is not None
                 if not self._audited:
@@ -233,11 +234,15 @@ class RolloutSession:
                     raise ValueError(f"ranks {holders} have an engine: of a sharded model it is rank 0 alone.")
             first = _Served(model, ranks, None, {}, self._has_engine())
             format = first.agree(lambda: self.engine.format if self.engine is not None else None)
-            if format != PLAIN and not any((*quantized_modules(model), *quantized_experts(model))):
-                raise ValueError(
-                    "the engine takes quantized weights and the model is not prepared: call lockstep.prepare before "
-                    "training, or give the session a scheme, which quantizes at each sync alone."
-                )
+
+            def check_prepared() -> None:
+                if format != PLAIN and not any((*quantized_modules(model), *quantized_experts(model))):
+                    raise ValueError(
+                        "the engine takes quantized weights and the model is not prepared: call lockstep.prepare "
+                        "before training, or give the session a scheme, which quantizes at each sync alone."
+                    )
+
+            first.agree(check_prepared)
             found: dict[str, list[Entry]] = {}
             for entry in entries(model, format, ranks):
                 found.setdefault(entry.name, []).append(entry)
@@ -356,6 +361,14 @@ class _Served(NamedTuple):
         """What `work` returns on the rank with the engine; an error on one rank is one on all."""
         return work() if self.ranks is None else together(work, self.ranks)[0]
 
+    def make(self, entry: Entry) -> Made:
+        """What is stored of `entry`, settled if the model is sharded: its module is whole now and not later."""
+        made = entry.made()
+        if self.ranks is not None:
+            settle(made.checks)
+            made.checks.clear()
+        return made
+
     def walk(self, read: Callable[[Entry], Value], take: Callable[[list[Value]], None]) -> Exception | None:
         """`read` each module while it is whole, and `take` the results unit by unit, on the rank with the engine.
 
@@ -385,6 +398,7 @@ class _Update:
         self.version, self.checksums = version, dict[str, int]()
         self._engine, self._held, self._begun, self._open = engine, held, False, True
         self._sent, self._skipped, self._bytes = 0, 0, 0
+        self._last: Callable[[], None] | None = None  # waits for the last unit's checks and checksums, and sends it
         self._buckets = Buckets(limit, self._load)
         try:
             engine.begin_update(version)
@@ -392,18 +406,29 @@ class _Update:
             raise self.failed(error) from error
         self._begun = True
 
-    def add(self, unit: Mapping[str, Tensor]) -> None:
-        """Send a unit, unless the engine holds just that."""
-        sums = checksums_of(unit)
-        self.checksums |= sums
-        if sums.items() <= self._held.items():
-            self._skipped += len(sums)
-        else:
-            self._buckets.add(unit)
+    def add(self, made: Sequence[Made]) -> None:
+        """Take a unit, and send the one before, unless the engine holds just that."""
+        unit = {name: tensor for one in made for name, tensor in one.tensors.items()}
+        settled, sums = settling([check for one in made for check in one.checks]), checksums_later(unit)
+
+        def send() -> None:
+            settled()
+            found = sums()
+            self.checksums |= found
+            if found.items() <= self._held.items():
+                self._skipped += len(found)
+            else:
+                self._buckets.add(unit)
+
+        last, self._last = self._last, send
+        if last is not None:
+            last()
 
     def finish(self, start: float) -> SyncReport:
         """Make the engine answer with what was sent."""
         try:
+            if self._last is not None:
+                self._last()
             self._buckets.flush()
             self._engine.end_update()
             self._open = False

@@ -1,7 +1,7 @@
-"""A transformers model with nothing in it yet but the places of what an engine stores: packed words, scales, the rest.
+"""An empty transformers model with a place for each tensor that an engine stores: packed words, scales, the rest.
 
-Where the trainer's model has a quantized layer, it has a `PackedLinear`, which holds the stored tensors as they are and
-multiplies with a true kernel (`lockstep.kernels`); where that has experts, `PackedExperts`.
+In the place of a quantized layer it has a `PackedLinear`, which holds the stored tensors as they are and multiplies
+with a true kernel (`lockstep.kernels`); in the place of quantized experts, `PackedExperts`.
 """
 
 from __future__ import annotations

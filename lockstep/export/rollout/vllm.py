@@ -1,8 +1,8 @@
 """`VLLMEngine`: a running vLLM as a `RolloutEngine`. In this process or behind its RPC, or by its weight transfer.
 
 Written against vLLM 0.32. Weights go in by vLLM's layerwise reload: into the memory that the kernels (and CUDA graphs)
-already read, repacked one module at a time. `lockstep.export.rollout.vllm_worker` has what runs inside the worker, and
-what vLLM itself does not check.
+already read, repacked one module at a time. `vllm_worker` has what runs inside the worker, `vllm_reload` what vLLM
+itself does not check.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lockstep.export import formats
 from lockstep.export.rollout.engine import Completion, EngineUnusable, LiveLayer, Sampling
-from lockstep.export.rollout.vllm_worker import MARLIN, WeightReceiver, from_wire, to_wire
+from lockstep.export.rollout.vllm_layers import MARLIN
+from lockstep.export.rollout.vllm_worker import WeightReceiver, from_wire, to_wire
 from lockstep.scheme import DTYPES, Scheme
 
 WORKER = "lockstep.export.rollout.vllm_worker.WeightReceiver"
