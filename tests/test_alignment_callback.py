@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import time
 import warnings
@@ -203,6 +204,16 @@ def test_old_weights_stop_the_training_after_this_step(tmp_path):
     assert events(tmp_path)[-1] == (2, "stop")
 
 
+def test_a_training_that_may_not_end_yet_is_not_said_to_end(tmp_path):
+    """Lightning trains on to its min_steps."""
+    session = session_of(model())
+    with pytest.warns(UserWarning, match=r"Training ends as soon as min_steps and min_epochs allow"):
+        trainer = fit(
+            Policy(session.model, session, forgets=(2,)), watching(session, tmp_path, "stop"), tmp_path, min_steps=5
+        )
+    assert trainer.global_step == 5
+
+
 def test_old_weights_switch_the_weights_of_the_loss_on_until_they_are_gone(tmp_path):
     session = session_of(model())
     callback = watching(session, tmp_path, "tis")
@@ -245,7 +256,7 @@ class Noisy:
 
 def test_a_gap_that_a_sync_does_not_close_is_an_error_that_says_how_to_find_it(tmp_path):
     session = session_of(model())
-    session.engine = Noisy(session.engine, after=4)  # two answers in step 0
+    session._engine = Noisy(session.engine, after=4)  # two answers in step 0
     callback = watching(session, tmp_path, "resync")
     with pytest.raises(MismatchError, match=r"step 3: a sync did not close the gap.*decompose.*audit"):
         fit(Policy(session.model, session), callback, tmp_path)
@@ -255,7 +266,7 @@ def test_a_gap_that_a_sync_does_not_close_is_an_error_that_says_how_to_find_it(t
 
 def test_noise_is_measured_as_large_as_it_is(tmp_path):
     session = session_of(model())
-    session.engine = Noisy(session.engine, after=4)
+    session._engine = Noisy(session.engine, after=4)
     with pytest.warns(UserWarning, match="step 3: trainer and engine differ"):
         fit(Policy(session.model, session), watching(session, tmp_path), tmp_path)
     assert [step for step, event in events(tmp_path) if event == "warn"] == [3, 4, 5]
@@ -349,6 +360,16 @@ def test_a_run_that_is_resumed_goes_on_with_log_floor_and_correction(tmp_path):
     assert log.read_text().startswith(first.rpartition("\n")[0])  # nothing is rewritten
     assert [step for step, _ in gaps(tmp_path)] == [*range(8)]
     assert events(tmp_path) == [(0, "start"), (0, "floor"), (3, "tis on"), (4, "start"), (5, "tis off")]
+    fit(
+        Policy(session.model, session),
+        (other := watching(session, tmp_path, "warn")),
+        tmp_path,
+        steps=5,
+        ckpt=tmp_path / "kept" / "step=4.ckpt",
+    )
+    assert not other.correcting  # the log says "tis on" at step 3, and nothing would ever switch it off
+    ours, theirs = torch.zeros(1, 2), torch.ones(1, 2)
+    assert other.weights(ours, theirs).tolist() == [[1.0, 1.0]]
     fit(Policy(session.model, session), watching(session, tmp_path), tmp_path, steps=1)  # another run, from the start
     assert [step for step, _ in gaps(tmp_path)] == [0]
 
@@ -393,6 +414,43 @@ def test_a_half_written_line_is_left_out_and_mended(tmp_path, cut):
     page.append(path, {"step": 2, "event": "warn", "message": ""})
     assert [one["step"] for one in page.read_log(path)] == [0, 1, 2]
     assert page.read_log(path)[0]["gap"]["mean_abs"] is None  # JSON has no NaN
+
+
+def with_a_full_disk(work, room):
+    """What `work` raises or warns of in a process whose files may have `room` bytes: a write beyond is cut short."""
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_an_error_and_leaves_none(tmp_path):
+    path, line = tmp_path / "log.jsonl", {"step": 0, "event": "warn", "message": "x" * 100}
+    page.append(path, line)
+    held = path.read_bytes()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        with_a_full_disk(lambda: page.append(path, line), len(held) + 50)
+    assert path.read_bytes() == held
+    page.append(path, line)  # there is room again
+    assert page.read_log(path) == [line, line]
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    """All is in the log; when there is room again, the page is there."""
+    session = session_of(model())
+    blocked = tmp_path / "alignment" / "alignment.html.partial"
+    blocked.mkdir(parents=True)
+    callback = watching(session, tmp_path)
+    with pytest.warns(UserWarning, match=r"alignment\.html could not be written .*alignment\.jsonl beside it holds"):
+        trainer = fit(Policy(session.model, session), callback, tmp_path, steps=2)
+    assert trainer.global_step == 2
+    assert [step for step, _ in gaps(tmp_path)] == [0, 1]
+    blocked.rmdir()
+    callback._page()
+    assert "At step 1" in (tmp_path / "alignment" / "alignment.html").read_text()
 
 
 def test_a_log_of_something_else_is_named(tmp_path):
@@ -461,6 +519,18 @@ def test_arguments_that_cannot_be_are_refused():
         AlignmentCallback(None, ROLLOUT, every_n_steps=0)
     with pytest.raises(ValueError, match=r"factor=0\.5"):
         AlignmentTrainerCallback(None, ROLLOUT, factor=0.5)
+    for name in ("factor", "tolerance", "floor"):
+        for value in (float("nan"), float("inf"), -1.0):
+            with pytest.raises(ValueError, match=f"{name}={value}"):
+                AlignmentCallback(None, ROLLOUT, **{name: value})
+    with pytest.raises(ValueError, match=r"every_n_steps=2\.5: a whole number"):
+        AlignmentCallback(None, ROLLOUT, every_n_steps=2.5)
+    with pytest.raises(ValueError, match="sequences=None"):
+        AlignmentCallback(None, None)
+    with pytest.raises(ValueError, match="names='wandb': choose 'lockstep', 'verl', 'trl'"):
+        AlignmentCallback(None, ROLLOUT, names="wandb")
+    with pytest.raises(ValueError, match="labels != -100"):
+        AlignmentCallback(None, ROLLOUT).weights(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[-100, 5]]))
 
 
 def test_a_session_that_is_not_there_is_an_error(tmp_path):

@@ -175,13 +175,13 @@ class Broken:
 def test_a_kernel_that_computes_otherwise_is_in_the_kernel_link_alone():
     model = tiny_llama()
     session = session_of(model, "qat")
-    session.engine = Broken(session.engine)
+    session._engine = Broken(session.engine)
     move(model)
     found = decompose(session, ROLLOUT)
     assert found.floor.sampled.max_abs == pytest.approx(0.25, abs=0.01)
     # The fault is on both sides of the stale link, which therefore is what it is without it.
     old = EmbeddedEngine.from_model(model)
-    session.engine = session.engine.engine
+    session._engine = session.engine.engine
     again = session_of(tiny_llama(), "qat")
     move(again.model)
     assert old.format is None
@@ -224,6 +224,11 @@ class Answers:
 
     def __init__(self, model):
         self.model, self.version = model, 1
+
+    def never(self, *_):
+        raise AssertionError("only asked, never synchronized")
+
+    begin_update = load = end_update = abort_update = generate = checksums = never
 
     def logprobs(self, sequences):
         return trainer_logprobs(self.model, Rollout(sequences))
@@ -296,10 +301,24 @@ def test_rollouts_that_cannot_be_are_refused():
         Rollout([[1, 2], [3, 4]], [1])
     with pytest.raises(ValueError, match=r"logprobs has \[3\] tokens by sequence, sampled are \[2\]"):
         Rollout([[1, 2, 3]], [1], [torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"logprobs of sequence 0 are list: they must be an fp32 tensor \[tokens\]"):
+        Rollout([[1, 2, 3]], [1], [[-1.0, -2.0]])
+    with pytest.raises(ValueError, match=r"logprobs of sequence 0 are torch.bfloat16 \[2\]"):
+        Rollout([[1, 2, 3]], [1], [torch.zeros(2, dtype=torch.bfloat16)])
     with pytest.raises(ValueError, match="asked again at temperature 1"):
         Rollout([[1, 2, 3]], [1], temperature=0.5)
     with pytest.raises(ValueError, match="3 completions of 2 prompts"):
         Rollout.of([[1], [2]], [None] * 3)
+
+
+def test_a_batch_of_token_ids_is_a_rollout():
+    """As a data loader gives it; engines get lists of numbers all the same."""
+    ids = token_ids(3, 6)
+    assert Rollout(ids) == Rollout([*ids]) == Rollout(ids.tolist())
+    with pytest.raises(ValueError, match="0 sequences"):
+        Rollout(ids[:0])
+    session = session_of(tiny_llama(), "qat")
+    assert decompose(session, ids).total.sampled.mean_abs == decompose(session, ids.tolist()).total.sampled.mean_abs
 
 
 def test_many_tokens_run_in_several_forwards(monkeypatch):

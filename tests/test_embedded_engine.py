@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -129,6 +130,63 @@ def test_layers_with_a_sliding_window_see_what_they_see_in_transformers(kind):
     assert [one.tokens for one in engine.generate(PROMPTS, GREEDY)] == transformers_greedy(dequantized(model), PROMPTS)
 
 
+def small(kind: str, **config: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 128}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | config), dtype=torch.bfloat16)
+    return model.eval()
+
+
+STATES = {
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mistral": {"sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_layers_with_a_state_or_a_window_answer_as_transformers_does_when_most_of_a_batch_has_stopped(kind):
+    """Linear attention cannot drop rows from a batch. Ragged prompts."""
+    model = small(kind, **STATES[kind], initializer_range=0.15)
+    prompts = [[number, 7, 2 * number, 5][: 1 + number % 4] for number in range(1, 13)]
+    expected = transformers_greedy(model, prompts, 30)
+    stop = {tokens[2] for tokens in expected[:8]}
+    answers = engine_of(model, plain=True).generate(prompts, Sampling(max_tokens=30, temperature=0, stop=tuple(stop)))
+    lengths = []
+    for answer, tokens in zip(answers, expected, strict=True):
+        lengths.append(next((place + 1 for place, token in enumerate(tokens) if token in stop), 30))
+        assert answer.tokens == tokens[: lengths[-1]]
+    assert sorted(lengths)[6] < 8  # half of them are dropped at the first look
+    assert max(lengths) > 16
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_model_that_would_drop_the_cache_is_refused_by_name(kind, tmp_path):
+    """Mamba's forward takes any keyword and leaves `past_key_values` aside: each token would follow from one alone."""
+    shape = {"num_heads": 4, "head_dim": 32, "n_groups": 1} if kind == "mamba2" else {}
+    model = small(kind, state_size=16, expand=2, **shape)
+    odd = ["lm_head", "re:.*(in|x|dt)_proj"]
+    for make in (
+        lambda: EmbeddedEngine.from_model(model, plain=True),
+        lambda: EmbeddedEngine.from_folder(save_pretrained(prepared(model, grouped(32), ignore=odd), tmp_path / "out")),
+    ):
+        with pytest.raises(ValueError, match=f"{kind.title()}ForCausalLM takes no past_key_values"):
+            make()
+
+
 SCHEMES = {
     "g32": grouped(32),
     "channel": channel(),
@@ -219,7 +277,10 @@ def test_the_model_is_left_as_it_was():
     model = prepared(tiny_llama(), grouped(32))
     before = {name: checksum(tensor) for name, tensor in model.state_dict().items()}
     config, classes = model.config.to_dict(), [type(module) for module in model.modules()]
-    engine_of(model).generate(PROMPTS, GREEDY)
+    engine = engine_of(model)
+    engine.generate(PROMPTS, GREEDY)
+    assert engine.config is engine.model.config is not model.config
+    assert engine.config.hidden_size == model.config.hidden_size
     assert {name: checksum(tensor) for name, tensor in model.state_dict().items()} == before
     assert (model.config.to_dict(), [type(module) for module in model.modules()]) == (config, classes)
 
@@ -257,7 +318,7 @@ def test_keys_and_values_are_quantized_where_they_are_in_training(spec, plain, t
     for prompt, answer, logprobs in zip(PROMPTS, answers, whole, strict=True):
         assert (logprobs[len(prompt) - 1 :] - answer.logprobs).abs().max() < 0.15
     if not plain:
-        folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out"))
+        folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out"), device="cpu")
         assert torch.equal(torch.stack(folder.logprobs(ids.tolist())), trained)
 
 
@@ -281,7 +342,7 @@ def test_an_adapter_is_merged_as_it_is_exported():
 @pytest.mark.parametrize("format", [None, "gptq"])
 def test_a_folder_answers_as_the_model_that_it_was_exported_of(format, tmp_path):
     model = prepared(tiny_llama(**WIDE), grouped(32))
-    folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out", format))
+    folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out", format), device="cpu")
     assert (folder.version, folder.format) == (0, format)
     ids = token_ids(3, 10)
     assert torch.equal(torch.stack(folder.logprobs(ids.tolist())), trained_logprobs(model, ids))
@@ -293,7 +354,7 @@ def test_a_folder_answers_as_the_model_that_it_was_exported_of(format, tmp_path)
 
 def test_a_folder_of_a_mixture(tmp_path):
     model, ids = prepared(tiny_moe(**WIDE), SCHEMES["FP8_DYNAMIC"]), token_ids(3, 10)
-    folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out"))
+    folder = EmbeddedEngine.from_folder(save_pretrained(model, tmp_path / "out"), device="cpu")
     assert torch.equal(torch.stack(folder.logprobs(ids.tolist())), trained_logprobs(model, ids))
 
 
@@ -395,11 +456,40 @@ def test_an_answer_ends_with_its_stop_token_and_others_go_on():
         ([[1]], Sampling(temperature=-1.0), "Sampling.temperature=-1.0"),
         ([[1]], Sampling(top_p=0.0), "Sampling.top_p=0.0"),
         ([[1]], Sampling(n=0), "Sampling.n=0"),
+        ([[1]], Sampling(max_tokens=1.5), "Sampling.max_tokens=1.5"),
+        ([[1]], Sampling(max_tokens="3"), "Sampling.max_tokens='3'"),
+        ([[1]], Sampling(top_k=None), "Sampling.top_k=None"),
+        ([[1]], Sampling(n=True), "Sampling.n=True"),
+        ([[1]], Sampling(temperature=1e-40), "temperature=1e-40: it must be 0 or a number of at least 1.18e-38"),
+        ([[1]], Sampling(temperature=math.nan), "Sampling.temperature=nan"),
+        ([[1]], Sampling(top_p="1"), "Sampling.top_p='1'"),
+        ([[1]], Sampling(stop=3), "Sampling.stop=3"),
+        ([[1]], Sampling(stop=("a",)), r"Sampling.stop=\('a',\)"),
+        ([[1]], Sampling(seed="a"), "Sampling.seed='a'"),
+        ([[1]], Sampling(seed=2**64), "Sampling.seed=18446744073709551616"),
     ],
 )
 def test_what_cannot_be_generated_is_said(prompts, sampling, found):
     with pytest.raises(ValueError, match=found):
         engine_of(prepared(tiny_llama(), grouped(32))).generate(prompts, sampling)
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [([1, 2, 3], "int"), ([[1], "abc"], "str"), (["abc"], "str"), ([[1.5]], "float"), ([[1, True]], "bool, int")],
+)
+def test_what_is_no_token_id_is_said(rows, found):
+    engine = engine_of(prepared(tiny_llama(), grouped(32)))
+    with pytest.raises(TypeError, match=f"prompt . must be a sequence of token ids.* found {found}"):
+        engine.generate(rows, GREEDY)
+    with pytest.raises(TypeError, match=f"sequence . must be a sequence of token ids.* found {found}"):
+        engine.logprobs(rows)
+
+
+def test_rows_of_a_tensor_are_prompts():
+    engine, ids = engine_of(prepared(tiny_llama(), grouped(32))), token_ids(2, 3)
+    found = [[one.tokens for one in engine.generate(rows, GREEDY)] for rows in (ids, [*ids], ids.numpy(), ids.tolist())]
+    assert found[:3] == found[3:] * 3
 
 
 def test_a_policy_that_has_become_nan_is_said():
@@ -564,6 +654,92 @@ def test_updates_out_of_turn():
         engine.begin_update(3)
 
 
+def moved(model: Any) -> None:
+    model._apply(torch.clone)
+
+
+def replaced(model: Any) -> None:
+    model.lm_head = nn.Linear(256, 512, bias=False).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(moved, "model.embed_tokens.weight"), (replaced, "lm_head.weight")], ids=["moved", "replaced"]
+)
+def test_a_model_that_was_moved_is_not_asked_and_not_updated(change, name):
+    """As offloading it to the host and back does: updates would be written where nothing reads."""
+    model = prepared(tiny_llama(), grouped(32))
+    engine = engine_of(model)
+    engine.model.to("cpu")  # where it is
+    engine.generate([[1]], GREEDY)
+    change(engine.model)
+    for ask in (
+        lambda: engine.generate([[1]], GREEDY),
+        lambda: engine.logprobs([[1, 2]]),
+        lambda: engine.probe("lm_head", torch.ones(1, 256)),
+        lambda: engine.begin_update(2),
+        engine.checksums,
+    ):
+        with pytest.raises(EngineUnusable, match=f"^{name}: the model's tensors were moved or replaced"):
+            ask()
+
+
+def test_an_update_waits_for_what_another_thread_has_asked():
+    """The answer is of the old version whole; what is asked for while the update runs is refused at once."""
+    model = prepared(tiny_llama(**WIDE), grouped(32))
+    engine, other = engine_of(model), changed(model, 3.0)
+    sampling = Sampling(max_tokens=20, temperature=0)
+    old = engine.generate(PROMPTS, sampling)
+    halfway, ended = threading.Event(), threading.Event()
+    forwards, answers, refusals = [], [], []
+
+    def wait(*_: Any) -> None:
+        forwards.append(None)
+        if len(forwards) == 10:
+            halfway.set()
+            ended.wait(2)  # of an update that does not wait for this answer
+
+    hook = engine.model.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: answers.extend(engine.generate(PROMPTS, sampling)))
+    thread.start()
+    assert halfway.wait(60)
+    engine.begin_update(2)
+    engine.load(dict(stream(other)))
+    engine.end_update()
+    ended.set()
+    thread.join(60)
+    hook.remove()
+    assert [(one.version, one.tokens) for one in answers] == [(1, one.tokens) for one in old]
+    assert [one.tokens for one in engine.generate(PROMPTS, sampling)] != [one.tokens for one in old]
+
+    def ask() -> None:
+        try:
+            engine.generate([[1]], GREEDY)
+        except EngineUnusable as refusal:
+            refusals.append(str(refusal))
+
+    engine.begin_update(3)
+    during = threading.Thread(target=ask)
+    during.start()
+    during.join(60)
+    engine.abort_update()
+    assert len(refusals) == 1
+    assert "version 3 is being loaded" in refusals[0]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_moe], ids=["llama", "moe"])
+def test_an_engine_made_and_filled_under_inference_mode_can_be_updated_after_it(build):
+    """Lightning validates under it before the first step."""
+    model = prepared(build(**WIDE), grouped(32))
+    with torch.inference_mode():
+        engine = engine_of(model)
+        engine.generate([[1]], GREEDY)
+    other = changed(model)
+    updated(engine, other, 2)
+    ids = token_ids(3, 10)
+    assert torch.equal(torch.stack(engine.logprobs(ids.tolist())), trained_logprobs(other, ids))
+    assert not any(tensor.is_inference() for tensor in (*engine.model.parameters(), *engine.model.buffers()))
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_moe], ids=["llama", "moe"])
 def test_tensors_are_written_in_place_and_hold_the_packed_size(build):
     model = prepared(build(), grouped(32))
@@ -715,6 +891,7 @@ def test_the_triton_kernel_reads_the_words_themselves(scheme):
     ("make", "error", "found"),
     [
         (lambda: EmbeddedEngine.from_model(nn.Linear(4, 4)), TypeError, "runs transformers models, found Linear"),
+        (lambda: EmbeddedEngine.from_model("a-model"), TypeError, "runs transformers models, found str"),
         (lambda: EmbeddedEngine.from_model(tiny_llama()), ValueError, "the model is not prepared"),
         (
             lambda: EmbeddedEngine.from_model(prepared(tiny_llama(), grouped(32)), scheme="W8A8"),

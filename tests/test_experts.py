@@ -386,6 +386,7 @@ def test_activation_checkpointing_changes_no_bit(implementation, use_reentrant):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Dynamo cannot trace isinstance of a type argument")
 @pytest.mark.parametrize(
     ("implementation", "scheme", "fullgraph"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,10 +270,39 @@ def test_what_does_not_fit_is_named():
         mismatch(trainer, rollout, torch.zeros_like(sampled))
     with pytest.raises(ValueError, match=r"rollout is \[5, 11\], trainer \[5, 12\]"):
         truncated_importance_weights(trainer, rollout[:, 1:])
+    with pytest.raises(ValueError, match=r"rollout: log-probabilities are torch.bfloat16, .* in float32"):
+        truncated_importance_weights(trainer, rollout.bfloat16())
+    with pytest.raises(ValueError, match=r"trainer is \[12\]: it must be \[sequences, tokens\]"):
+        truncated_importance_weights(trainer[0], rollout[0])
     with pytest.raises(ValueError, match="cap=0"):
         truncated_importance_weights(trainer, rollout, cap=0)
     with pytest.raises(ValueError, match="level='geometric': choose 'token' or 'sequence'"):
         truncated_importance_weights(trainer, rollout, level="geometric")
+
+
+def test_labels_are_not_taken_for_a_mask():
+    """As bool, -100 would be sampled, and the token 0 would not."""
+    (trainer, rollout), (sampled, _) = sides(), masks()
+    labels = torch.where(sampled, 7, -100)
+    for wrong in (labels, labels.float(), [*labels]):
+        with pytest.raises(ValueError, match=r"^mask has -100(\.0)? in it.*pass labels != -100"):
+            mismatch(trainer, rollout, wrong)
+    with pytest.raises(ValueError, match=r"^prompt_mask has .*pass labels != -100"):
+        mismatch(trainer, rollout, prompt_mask=labels)
+    with pytest.raises(ValueError, match=r"^mask has .*pass labels != -100"):
+        truncated_importance_weights(trainer, rollout, labels)
+    chosen = mismatch(trainer, rollout, labels != -100).sampled
+    assert chosen.tokens == mismatch(trainer, rollout, sampled.float()).sampled.tokens == int(sampled.sum())
+
+
+@pytest.mark.parametrize("constant", ["trainer", "rollout"])
+def test_there_is_no_correlation_with_a_constant(constant):
+    """The mean of many equal numbers is not that number: what is left looks like a correlation."""
+    given = dict(zip(("trainer", "rollout"), sides(1, 997), strict=True))
+    given[constant] = torch.full((1, 997), -0.3)
+    gap = mismatch(**given).sampled
+    assert math.isnan(gap.pearson)
+    assert math.isnan(gap.values()["pearson"])
 
 
 # What holds for all --------------------------------------------------------------------------------------------------

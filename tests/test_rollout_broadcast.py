@@ -184,7 +184,11 @@ def trains(address: str) -> None:
         assert sync(engine, version) == expected
         assert (engine.version, engine.checksums()) == (version, expected)
     completions = engine.generate([[1], [2, 3], [4]], Sampling(seed=7))
-    assert [one.tokens for one in completions] == [[1, 7], [2, 3, 7], [4, 8]]  # the second engine has its own seed
+    assert [one.tokens[:-1] for one in completions] == [[1], [2, 3], [4]]
+    drawn = [[one.tokens[-1] for one in engine.generate([[1], [2]], Sampling(seed=seed))] for seed in (7, 8, 9, 7)]
+    assert drawn[0] == drawn[3]
+    assert len({seed for seeds in drawn[:3] for seed in seeds}) == 6  # no engine draws what another draws a step later
+    assert [one.tokens for one in engine.generate([[1], [2]], Sampling())] == [[1, -1], [2, -1]]
     assert {(one.version, one.stopped, float(one.logprobs)) for one in completions} == {(2, True, 0.5)}
     assert [one.tolist() for one in engine.logprobs([[5, 6], [7, 8, 9], [1, 2]])] == [[6], [8, 9], [2]]
     assert len(engine.generate([[1]], Sampling())) == 1  # less prompts than engines

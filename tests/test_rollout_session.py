@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
 from models import TinyMlp, channel, grouped, prepared, tiny_llama, tiny_moe, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from lockstep.export.rollout.probes import TOLERANCE
 from lockstep.export.served import quantized_layers
 from lockstep.grid import Quantized
 from lockstep.kernels import reference
-from lockstep.qat.prepare import run_as_one
+from lockstep.qat.prepare import quantized_modules, run_as_one
 from lockstep.scheme import dtype_name
 
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 64}
@@ -195,6 +197,21 @@ def test_every_bit_arrives_under_a_new_version_each_time():
         disturb(model)
 
 
+def test_a_long_sync_shows_how_far_it_is_in_a_terminal_alone(monkeypatch):
+    """An 8B model on a CPU takes a minute: silence looks like a hang, and a bar in a log file like noise."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return shown
+
+    monkeypatch.setattr("lockstep.export.rollout.session.SHOW_AFTER", 0)
+    for shown in (True, False):
+        monkeypatch.setattr("sys.stderr", written := Terminal())
+        model = llama()
+        RolloutSession(model, FakeEngine(model)).sync()
+        assert ("weights:" in written.getvalue()) == shown
+
+
 def test_versions_go_on_from_what_the_engine_has():
     """An engine that a checkpoint's folder has made version 41."""
     model = llama()
@@ -245,6 +262,33 @@ def test_everything_is_sent_to_an_engine_that_somebody_else_has_updated():
     report = session.sync()
     assert (report.skipped, report.version) == (0, 3)
     assert_holds(engine, model)
+
+
+def test_another_engine_takes_another_session():
+    model = llama()
+    engine, session = synced(model)
+    other = FakeEngine(model)
+    other._version = engine.version  # of the same number, and it holds nothing
+    with pytest.raises(AttributeError):
+        session.engine = other
+    assert session.engine is engine
+
+
+def test_what_is_no_engine_no_scheme_or_no_model_is_refused_at_once():
+    model = llama()
+    with pytest.raises(TypeError, match=r"engine='vllm' has no begin_update, load.*VLLMEngine\(llm\)"):
+        RolloutSession(model, "vllm")
+    for scheme in (4, ["x"], []):
+        with pytest.raises(TypeError, match=r"scheme=.*a scheme is a preset's name, a Scheme or a list of"):
+            RolloutSession(llama(None), FakeEngine(model), scheme=scheme)
+
+    class Policy(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+    with pytest.raises(TypeError, match=r"model is a LightningModule, Policy.*pass the model it holds"):
+        RolloutSession(Policy(), FakeEngine(model))
 
 
 def test_100_training_steps_with_a_sync_each_leave_the_same_bits_on_both_sides():
@@ -461,6 +505,51 @@ def test_an_engine_that_fails_at_the_ends_of_an_update(method):
     assert_holds(engine, model)
 
 
+def test_an_update_that_another_session_has_open_is_left_alone():
+    model = llama()
+    engine = EmbeddedEngine.from_model(model)
+    mine = RolloutSession(model, engine)
+    mine.sync()
+    engine.begin_update(7)
+    with pytest.raises(SyncError, match=r"version \d: version 7 is being loaded"):
+        mine.sync()
+    for name, tensor in stored(model).items():
+        engine.load({name: tensor})
+    engine.end_update()
+    assert engine.version == 7
+    assert mine.sync().version == 8
+
+
+def test_an_engine_that_fails_after_its_update_has_begun_is_left_with_none_open():
+    model = llama()
+    engine, session = synced(model)
+
+    def late(version: int) -> None:
+        type(engine).begin_update(engine, version)
+        raise ConnectionError("the second engine is gone")
+
+    engine.begin_update = late
+    with pytest.raises(SyncError, match=r"version 2: the second engine is gone.*answers with version 1"):
+        session.sync()
+    assert engine.staged is None
+
+
+def test_an_interrupt_while_an_update_begins_leaves_none_open():
+    model = llama()
+    engine, session = synced(model)
+
+    def interrupted(version: int) -> None:
+        type(engine).begin_update(engine, version)
+        raise KeyboardInterrupt
+
+    engine.begin_update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        session.sync()
+    assert (engine.staged, engine.version) == (None, 1)
+    del engine.begin_update
+    assert session.sync().skipped == 0
+
+
 @pytest.mark.parametrize("name", [DOWN, "lm_head"])  # the last one's check is waited for at the end
 def test_a_trainer_that_fails_in_the_middle_leaves_the_old_version(name):
     model = llama()
@@ -557,8 +646,7 @@ def test_an_engine_process_that_is_killed_in_the_middle_of_a_load():
     engine.process.join(10)
     assert engine.process.exitcode == -9
     assert session.version is None
-    session.engine = FakeEngine(model)
-    assert session.sync().skipped == 0
+    assert RolloutSession(model, FakeEngine(model)).sync().skipped == 0
 
 
 @pytest.mark.parametrize("bit", [0, 77, -1])
@@ -631,6 +719,40 @@ def test_verify_after_a_step_says_that_a_sync_is_due():
     problems = session.verify().problems
     assert problems
     assert all(name.startswith(DOWN) and "changed it since: sync" in what for name, what in problems.items())
+
+
+def test_what_verify_finds_wrong_is_sent_by_the_next_sync_and_no_more():
+    model = llama()
+    engine, session = synced(model)
+    for _ in range(2):
+        engine.tensors["model.norm.weight"][0] += 1
+        engine.tensors.pop("model.embed_tokens.weight")
+        assert session.verify().problems.keys() == {"model.norm.weight", "model.embed_tokens.weight"}
+        assert session.sync().sent == 2
+        assert_holds(engine, model)
+    assert session.verify().ok
+
+
+def test_an_audit_after_a_verify_still_knows_all_that_was_sent():
+    model = llama()
+    engine, session = synced(model)
+    engine.tensors["model.norm.weight"][0] += 1
+    assert [*session.verify().problems] == ["model.norm.weight"]
+    for _ in range(2):
+        assert [*session.audit().problems] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_what_an_audit_finds_wrong_is_healed_by_the_next_sync(tells):
+    model = llama()
+    engine, session = synced(model)
+    engine.tells = tells
+    engine.tensors[f"{DOWN}.weight_packed"][0, 0] ^= 1
+    for _ in range(2):
+        assert [*session.audit().problems] == [DOWN]
+    assert session.sync().skipped == 0
+    assert_holds(engine, model)
+    assert session.audit().ok
 
 
 def test_verify_of_an_engine_that_cannot_tell_is_no_success():
@@ -1058,6 +1180,53 @@ def test_the_first_sync_after_a_failed_audit_audits_again():
     assert session.sync().skipped == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*trains as W4A8")
+def test_a_model_that_is_prepared_otherwise_is_audited_again():
+    """W4A8 stores what W4A16 stores, and multiplies otherwise."""
+    model = llama("W4A16")
+    engine, session = synced(model)
+    engine.tells = False
+    audits, live = [], engine.live_layers
+    engine.live_layers = lambda: audits.append(1) or live()
+    session.sync()
+    assert not audits
+    lockstep.unprepare(model)
+    prepared(model, "W4A8")
+    for _ in range(2):
+        with pytest.raises(AuditError, match=rf"{DOWN}: trains as .*the engine runs it as"):
+            session.sync()
+    engine.schemes = {name: one.scheme for name, one in quantized_layers(model).items()}
+    assert session.sync().version == 5
+    assert session.audit().ok
+
+
+OTHERWISE = {
+    "num_attention_heads is 2 in training and 4": {"num_attention_heads": 2, "head_dim": 64, "num_key_value_heads": 1},
+    "rope_parameters is .*500": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "rms_norm_eps is 0.5 in training and 1e-0[56]": {"rms_norm_eps": 0.5},
+    "hidden_act is gelu in training and silu": {"hidden_act": "gelu"},
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_an_engine_of_another_architecture_with_the_same_tensors_is_found(what):
+    other = llama(**OTHERWISE[what])
+    with pytest.raises(AuditError, match=what) as error:
+        RolloutSession(other, EmbeddedEngine.from_model(llama())).sync()
+    assert [*error.value.problems] == ["config"]
+
+
+def test_what_an_engine_adds_to_its_config_is_no_other_architecture():
+    model = llama()
+    engine, theirs = FakeEngine(model), model.config.to_dict() | {"max_position_embeddings": 7}
+    theirs["rope_parameters"] = theirs["rope_parameters"] | {"an_engines_own": 1}
+    engine.config = type(model.config).from_dict(theirs)
+    RolloutSession(model, engine).sync()
+    engine.config.rope_parameters["rope_theta"] += 1
+    with pytest.raises(AuditError, match=r"config: rope_parameters is"):
+        RolloutSession(model, engine).sync()
+
+
 # Buckets -------------------------------------------------------------------------------------------------------------
 
 
@@ -1142,7 +1311,7 @@ def test_what_is_alive_at_each_load_is_a_bucket_and_two_units(plain, limit):
     units = indivisible(dict.fromkeys(name.rpartition(".")[0] for name in kept))
     largest = max(sum(size for name, (size, _) in kept.items() if name.rpartition(".")[0] in unit) for unit in units)
     session, alive = RolloutSession(model, engine, bucket_size=limit), []
-    session._audited = True
+    session._audited = {name: layer.scheme for name, layer in quantized_modules(model)}
     engine.load = lambda tensors: (
         alive.append(sum(size for where, size in storages().items() if where not in before))
         or {name: checksum(tensor) for name, tensor in tensors.items()}

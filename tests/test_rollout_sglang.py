@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -573,7 +574,9 @@ def test_requests_say_what_sampling_says(installed, folders, way):
     completions = engine.generate([[1], [2, 3]], sampling)
     request = server.requests[-1]
     assert request["input_ids"] == [[1], [1], [2, 3], [2, 3]]
-    assert [one["sampling_seed"] for one in request["sampling_params"]] == [11, 12, 13, 14]
+    seeds = [one["sampling_seed"] for one in request["sampling_params"]]
+    assert seeds == [zlib.crc32(f"11 {number}".encode()) for number in range(4)]
+    assert len({*seeds, *(zlib.crc32(f"12 {number}".encode()) for number in range(4))}) == 8
     first = request["sampling_params"][0]
     assert (first["max_new_tokens"], first["temperature"], first["top_k"], first["top_p"]) == (5, 0.7, -1, 0.9)
     assert (first["stop_token_ids"], first["ignore_eos"]) == ([3, 4], False)

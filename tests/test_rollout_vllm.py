@@ -427,8 +427,26 @@ def test_answers_come_in_the_prompts_order_with_their_own_logprobs():
     assert found[0].logprobs.dtype == torch.float32
     assert {(one.version, one.stopped) for one in found} == {(0, True)}
     [params] = llm.asked
-    assert [one.seed for one in params] == [10, 12]
     assert {(one.n, one.stop_token_ids[0], one.ignore_eos, one.max_tokens) for one in params} == {(2, 4, True, 2)}
+
+
+def test_no_two_prompts_of_any_two_seeds_sample_alike():
+    """Of answer j vLLM adds j to the seed. A loop takes one seed a step."""
+    llm = LLM()
+    prompts, n = [[1]] * 8, 4
+    for seed in range(16):
+        VLLMEngine(llm).generate(prompts, Sampling(n=n, seed=seed))
+    drawn = [one.seed + answer for params in llm.asked for one in params for answer in range(n)]
+    assert len({*drawn}) == 16 * len(prompts) * n
+    VLLMEngine(llm).generate(prompts, Sampling(n=n, seed=3))
+    assert [one.seed for one in llm.asked[-1]] == [one.seed for one in llm.asked[3]]
+    VLLMEngine(llm).generate(prompts, Sampling())
+    assert {one.seed for one in llm.asked[-1]} == {None}
+
+
+def test_an_engine_shows_the_config_of_its_model():
+    llm = LLM()
+    assert VLLMEngine(llm).config is llm.llm_engine.vllm_config.model_config.hf_config
 
 
 def test_logprobs_are_those_of_every_token_but_the_first():

@@ -63,7 +63,7 @@ class Rollout:
             At 0 engines answer with the log-probabilities of temperature 1.
 
     Raises:
-        ValueError: lengths do not fit.
+        ValueError: lengths do not fit; `logprobs` are no fp32 tensors.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -72,8 +72,11 @@ class Rollout:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if any(isinstance(ids, Tensor) for ids in self.tokens):  # engines take lists of numbers
+            numbers = [ids.tolist() if isinstance(ids, Tensor) else ids for ids in self.tokens]
+            object.__setattr__(self, "tokens", numbers)
         lengths = self.lengths
-        if not self.tokens or len(lengths) != len(self.tokens):
+        if not len(self.tokens) or len(lengths) != len(self.tokens):
             raise ValueError(f"{len(self.tokens)} sequences and {len(lengths)} prompt lengths: give one for each.")
         for number, (ids, length) in enumerate(zip(self.tokens, lengths, strict=True)):
             if not 1 <= length <= len(ids) or len(ids) < 2:
@@ -82,6 +85,10 @@ class Rollout:
                     "prompt's, and a sequence has two."
                 )
         if self.logprobs is not None:
+            for number, row in enumerate(self.logprobs):
+                if not isinstance(row, Tensor) or row.ndim != 1 or row.dtype not in (torch.float32, torch.float64):
+                    what = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+                    raise ValueError(f"logprobs of sequence {number} are {what}: they must be an fp32 tensor [tokens].")
             found = [len(row) for row in self.logprobs]
             wanted = [len(ids) - length for ids, length in zip(self.tokens, lengths, strict=True)]
             if found != wanted:

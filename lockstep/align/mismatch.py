@@ -112,8 +112,10 @@ class Gap:
 
     @property
     def pearson(self) -> float:
-        """Correlation of the tokens' probabilities; NaN for one token, or where all have the same."""
+        """Correlation of the tokens' probabilities; NaN for one token, or where a side gives all the same."""
         probabilities = torch.stack([torch.cat(self.trainer).exp(), torch.cat(self.rollout).exp()])
+        if (probabilities == probabilities[:, :1]).all(1).any():  # else what is left of rounding the mean is correlated
+            return math.nan
         centred = probabilities - probabilities.mean(1, keepdim=True)
         one, other = centred
         return ((one @ other) / (one.norm() * other.norm())).item()
@@ -184,23 +186,24 @@ def mismatch(trainer: Rows, rollout: Rows, mask: Rows | None = None, prompt_mask
     Args:
         trainer: fp32 or float64 ``[B, T]``, or a list of B rows of any length; token for token those of `rollout`.
         rollout: the same from the engine.
-        mask: which are sampled tokens (verl's response_mask, TRL's completion_mask), bool or numbers, in the same form;
+        mask: which are sampled tokens (verl's response_mask, TRL's completion_mask), bool or 0 and 1, in the same form;
             default: all that are not the prompt's. What neither mask names, padding, may hold anything.
         prompt_mask: which are the prompt's.
 
     Raises:
-        ValueError: shapes differ; a 16-bit dtype, whose rounding is a mismatch of its own; a token is sampled and the
-            prompt's; no token is sampled; a log-probability is infinite or NaN: names the side, sequence and token.
+        ValueError: shapes differ; a 16-bit dtype, whose rounding is a mismatch of its own; a mask of other numbers,
+            as labels are; a token is sampled and the prompt's; no token is sampled; a log-probability is infinite or
+            NaN: names the side, sequence and token.
     """
     ours, theirs = _rows("trainer", trainer), _rows("rollout", rollout)
     _check_shapes("rollout", theirs, ours)
     prompt = [torch.zeros_like(row, dtype=torch.bool) for row in ours]
     if prompt_mask is not None:
-        prompt = [row.bool().cpu() for row in prompt_mask]
+        prompt = [as_mask("prompt_mask", row).cpu() for row in prompt_mask]
         _check_shapes("prompt_mask", prompt, ours)
     sampled = [~row for row in prompt]
     if mask is not None:
-        sampled = [row.bool().cpu() for row in mask]
+        sampled = [as_mask("mask", row).cpu() for row in mask]
         _check_shapes("mask", sampled, ours)
     for number, (one, other) in enumerate(zip(sampled, prompt, strict=True)):
         if both := (one & other).nonzero().flatten().tolist():
@@ -236,7 +239,8 @@ def truncated_importance_weights(
     policy and bounds the variance. The weights bear no gradient.
 
     Args:
-        trainer: ``[B, T]``, log-probabilities by the trainer as it was when the loss is taken (old, not current ones).
+        trainer: fp32 or float64 ``[B, T]``, log-probabilities by the trainer as it was when the loss is taken (old, not
+            current ones).
         rollout: the same by the engine that sampled the tokens.
         mask: the sampled tokens; others get weight 0 and may hold anything. Default: all.
         cap: the largest weight; 2 in Yao et al. and verl, 3 in TRL.
@@ -246,18 +250,21 @@ def truncated_importance_weights(
         fp32 ``[B, T]``, on `trainer`'s device.
 
     Raises:
-        ValueError: shapes differ; `cap` is not positive; another `level`; a sampled token's log-probability is
-            infinite or NaN: names the side, sequence and token.
+        ValueError: shapes differ; a 16-bit dtype; a mask of other numbers than 0 and 1; `cap` is not positive; another
+            `level`; a sampled token's log-probability is infinite or NaN: names the side, sequence and token.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f"level={level!r}: choose 'token' or 'sequence'.")
     if not cap > 0:
         raise ValueError(f"cap={cap}: it is the largest weight, which must be positive.")
-    sampled = torch.ones_like(trainer, dtype=torch.bool) if mask is None else mask.bool()
+    sampled = torch.ones_like(trainer, dtype=torch.bool) if mask is None else as_mask("mask", mask)
+    if trainer.ndim != 2:
+        raise ValueError(f"trainer is {list(trainer.shape)}: it must be [sequences, tokens].")
     for name, one in (("rollout", rollout), ("mask", sampled)):
         if one.shape != trainer.shape:
             raise ValueError(f"{name} is {list(one.shape)}, trainer {list(trainer.shape)}: they must be alike.")
     for name, one in (("trainer", trainer), ("rollout", rollout)):
+        _check_dtype(name, one)
         bad = ~one.detach().isfinite() & sampled
         if bad.any():
             row, token = bad.nonzero()[0].tolist()
@@ -269,14 +276,30 @@ def truncated_importance_weights(
     return torch.where(sampled, difference.exp().clamp(max=cap), 0.0).float()
 
 
+def as_mask(name: str, values: Tensor) -> Tensor:
+    """`values` as bool.
+
+    Raises:
+        ValueError: one is neither 0 nor 1, as in labels: their -100 would count as chosen, and their token 0 as not.
+    """
+    others = values[(values != 0) & (values != 1)]
+    if others.numel():
+        raise ValueError(f"{name} has {others[0].item()} in it, and may hold 0 and 1: of labels pass labels != -100.")
+    return values.bool()
+
+
+def _check_dtype(name: str, values: Tensor) -> None:
+    if values.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: log-probabilities are {values.dtype}, which rounds them by more than what is measured: compute "
+            "them in float32."
+        )
+
+
 def _rows(name: str, values: Rows) -> list[Tensor]:
     rows = [row.detach() for row in values]
     for number, row in enumerate(rows):
-        if row.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name}: log-probabilities are {row.dtype}, which rounds them by more than what is measured: compute "
-                "them in float32."
-            )
+        _check_dtype(name, row)
         if row.ndim != 1:
             raise ValueError(f"{name}: sequence {number} has shape {list(row.shape)}: it must be [tokens].")
     return [row.double().cpu() for row in rows]

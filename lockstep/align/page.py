@@ -23,14 +23,21 @@ SHOWN = 40  # the latest measurements, in the page's table
 
 
 def append(path: Path, record: Record) -> None:
-    """Write one line at the end of the log, on the disk when this returns. What is not finite becomes null."""
-    line = json.dumps(_finite(record), allow_nan=False) + "\n"
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, line.encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
+    """Write one line at the end of the log, on the disk when this returns. What is not finite becomes null.
+
+    Raises:
+        OSError: it could not be written whole, as on a full disk. The log ends where it did before.
+    """
+    line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def mend(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lockstep.align import page
 from lockstep.align.decompose import Rollout, kernel_floor, measure
-from lockstep.align.mismatch import Mismatch, MismatchError, Names, truncated_importance_weights
+from lockstep.align.mismatch import Mismatch, MismatchError, Names, as_mask, truncated_importance_weights
 from lockstep.export.gather import ranks_of, together
 from lockstep.export.rollout.session import RolloutSession
 
@@ -43,12 +44,19 @@ class _Alignment:
     ) -> None:
         if action not in get_args(Action):
             raise ValueError(f"action={action!r}: choose {', '.join(map(repr, get_args(Action)))}.")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: at least 1.")
-        if factor < 1 or tolerance < 0:
+        if names not in get_args(Names):
+            raise ValueError(f"names={names!r}: choose {', '.join(map(repr, get_args(Names)))}.")
+        if sequences is None:
+            raise ValueError("sequences=None: give token ids, a Rollout, or a function that returns one or None.")
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: a whole number, at least 1.")
+        if not (1 <= factor < math.inf and 0 <= tolerance < math.inf):  # NaN is neither
             raise ValueError(
-                f"factor={factor}, tolerance={tolerance}: the limit, factor * floor + tolerance, is the floor at least."
+                f"factor={factor}, tolerance={tolerance}: the limit, factor * floor + tolerance, is finite, and the "
+                "floor at least."
             )
+        if floor is not None and not 0 <= floor < math.inf:
+            raise ValueError(f"floor={floor}: a mean |log-probability difference| in nats, or None to measure it.")
         self.session = session
         self.sequences = sequences
         self.every_n_steps = every_n_steps
@@ -72,11 +80,11 @@ class _Alignment:
         """
         if self.correcting:
             return truncated_importance_weights(trainer, rollout, mask)
-        kept = torch.ones_like(trainer, dtype=torch.bool) if mask is None else mask.bool()
+        kept = torch.ones_like(trainer, dtype=torch.bool) if mask is None else as_mask("mask", mask)
         return kept.float()
 
     def _begin(self, step: int) -> None:
-        """Take up the log of a run that is resumed at `step`: its floor, and whether it was correcting."""
+        """Take up the log of a run that is resumed at `step`: its floor, and, with "tis", whether it was correcting."""
         self._measured_step, self.mismatch = None, None
 
         def read() -> tuple[float | None, bool]:
@@ -85,12 +93,13 @@ class _Alignment:
             page.mend(folder / LOG)
             page.append(folder / LOG, {"step": step, "event": "start", "message": f"training starts at step {step}"})
             self._records = list(page.read_log(folder / LOG))
-            page.write_page(folder / PAGE, self._records)
+            self._page()
             floors = [one["floor"] for one in self._records if one.get("event") == "floor"]
             switched = [one["event"] for one in self._records if str(one.get("event")).startswith("tis ")]
             return (floors or [None])[-1], bool(switched) and switched[-1] == "tis on"
 
-        found, self.correcting = _on_rank_zero(read)
+        found, correcting = _on_rank_zero(read)
+        self.correcting = correcting and self.action == "tis"  # no other action would ever switch it off
         self.floor = found if self._given_floor is None else self._given_floor
 
     def _due(self, step: int) -> bool:
@@ -114,13 +123,13 @@ class _Alignment:
             message = f"the same weights on both sides are {self.floor:.4g} nats apart on average"
             self._event(step, "floor", message, floor=self.floor)
         self._measurement(step, session, found)
-        over = not found.sampled.mean_abs <= self.limit
+        over = self._over(found)
         own = {"mismatch/floor": self.floor, "mismatch/limit": self.limit, "mismatch/over": float(over)}
         try:
             stop = self._act(step, over, found, session, rollout, sharded)
         finally:
             if not _rank():
-                page.write_page(Path(self.directory) / PAGE, self._records)
+                self._page()
         return found.metrics(self.names) | own, stop
 
     def _act(
@@ -143,7 +152,7 @@ class _Alignment:
             self.mismatch = after = _measured(measure, session, rollout.asked(), sharded)
             self._measurement(step, session, after)
             self._event(step, "resync", f"{words}; after it {_gap(after)}")
-            if not after.sampled.mean_abs <= self.limit:
+            if self._over(after):
                 message = f"a sync did not close the gap: {words}, after it {_gap(after)}"
                 self._event(step, "stop", message)
                 raise MismatchError(
@@ -162,6 +171,10 @@ class _Alignment:
     def limit(self) -> float:
         """The largest mean |log-probability difference| that is aligned, nats; NaN before the floor is known."""
         return float("nan") if self.floor is None else self.factor * self.floor + self.tolerance
+
+    def _over(self, mismatch: Mismatch) -> bool:
+        """Rank zero's answer, so that all do the same."""
+        return _on_rank_zero(lambda: not mismatch.sampled.mean_abs <= self.limit)
 
     def _rollout(self) -> Rollout | None:
         given = self.sequences() if callable(self.sequences) else self.sequences
@@ -185,9 +198,22 @@ class _Alignment:
         self._record({"step": step, "event": event, "message": message, **more})
 
     def _record(self, record: page.Record) -> None:
-        if not _rank():
-            self._records.append(record)
+        def work() -> None:
             page.append(Path(self.directory) / LOG, record)
+            self._records.append(record)
+
+        _on_rank_zero(work)  # if the log cannot be written, all ranks end
+
+    def _page(self) -> None:
+        path = Path(self.directory) / PAGE
+        try:
+            page.write_page(path, self._records)
+        except OSError as error:
+            warnings.warn(
+                f"{path} could not be written ({error}). {LOG} beside it holds everything, and the next measurement "
+                "writes the page anew.",
+                stacklevel=4,
+            )
 
 
 class AlignmentCallback(_Alignment, Callback):
@@ -218,7 +244,8 @@ class AlignmentCallback(_Alignment, Callback):
         every_n_steps: optimizer steps between measurements; the first is before the first step.
         action: over the limit, ``"warn"``; ``"resync"``: synchronize, measure again with the engine's answer, and raise
             MismatchError if it is still over; ``"tis"``: `weights` gives truncated importance weights until a
-            measurement is below the limit; ``"stop"``: end the training after this step.
+            measurement is below the limit; ``"stop"``: end the training after this step, or, in Lightning, as soon as
+            ``min_steps`` and ``min_epochs`` allow.
         factor: of the floor, at least 1.
         tolerance: nats that are added, so that a floor of zero is no demand for zero.
         floor: a floor that is known; None: measure it.
@@ -234,6 +261,7 @@ class AlignmentCallback(_Alignment, Callback):
 
     Raises:
         ValueError: arguments that contradict each other; a log that cannot be read; see `lockstep.align.mismatch`.
+        OSError: the log cannot be written. Of a page that cannot be written there is a warning.
         MismatchError: see `action`.
         SyncError, EngineUnusable: of the engine.
     """
@@ -251,7 +279,9 @@ class AlignmentCallback(_Alignment, Callback):
         if stop:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                warnings.warn(f"{stop} Training ends with this step.", stacklevel=2)
+                waits = trainer.min_steps or trainer.min_epochs
+                when = "as soon as min_steps and min_epochs allow" if waits else "with this step"
+                warnings.warn(f"{stop} Training ends {when}.", stacklevel=2)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -32,8 +33,9 @@ class Rollouts:
     ...     callbacks=[QATTrainerCallback("W4A16")],
     ... )
 
-    Before it samples, the engine has the weights that the trainer has: it is synced when they changed since the last
-    time, and each completion says under which version it was sampled, which must be the session's. The
+    Before each generation the session is synced: PyTorch does not tell of every write to a weight, so all are looked
+    at, and sent are those that changed. Each completion says under which version it was sampled, which must be the
+    session's. The
     log-probabilities of the sampled tokens go to TRL, which corrects the loss with them and logs ``sampling/...``, as
     the ``vllm_importance_sampling_...`` arguments of ``GRPOConfig`` say. For that TRL is told that it uses vLLM,
     whichever engine the session has; ``use_vllm`` of the arguments stays False, since with it TRL would start an engine
@@ -66,7 +68,6 @@ class Rollouts:
         self._session = session if isinstance(session, RolloutSession) else None
         self._make = None if isinstance(session, RolloutSession) else session
         self._trainer: Any = None
-        self._synced: tuple[Any, tuple[int, ...]] | None = None
         self._last: Rollout | None = None
         self._calls: dict[str, tuple[int, int]] = {}  # in training and evaluation: a step, and generations in it
 
@@ -96,13 +97,8 @@ class Rollouts:
         }
 
     def sync_weights(self) -> None:
-        """Bring the engine to the trainer's weights, if they changed. TRL calls it before a generation too."""
-        state, now = self._trainer.state, _moment(self._trainer)
-        if self._synced is not None and self._synced[0] is state and self._synced[1] == now:
-            return
-        self._synced = None  # until it has succeeded
+        """Bring the engine to the weights that the trainer has now. It is called before each generation."""
         self.session.sync()
-        self._synced = state, now
 
     def _bind(self, trainer: Any) -> None:
         """Refuse what cannot be honoured, make the session, and let TRL use the log-probabilities."""
@@ -116,9 +112,11 @@ class Rollouts:
                 "the session was made of another model than the trainer's. Pass the same object to both, or pass "
                 "Rollouts a function: Rollouts(lambda model: RolloutSession(model, engine))."
             )
-        self._trainer, self._synced = trainer, None
-        # TRL looks at the log-probabilities of a rollout_func under this name alone, and then asks for two more.
-        trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, self, trainer.state.global_step
+        self._trainer = trainer
+        # TRL looks at the log-probabilities of a rollout_func under this name alone. It then asks for a sync at each
+        # new step, just before a call that syncs anyway.
+        trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
+        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
 
     def _completions(self, prompts: list[list[int]], trainer: Any) -> list[Completion]:
         engine, ranks, seed = self.session.engine, ranks_of(trainer.model), self._seed(trainer)
@@ -153,16 +151,6 @@ class Rollouts:
         self._calls[mode] = here = (step, count + 1 if last == step else 0)
         # As text through a checksum: sums of small numbers would give two ranks, or two steps, the same stream.
         return zlib.crc32(f"{trainer.args.seed} {trainer.args.process_index} {mode} {here}".encode())
-
-
-def _moment(trainer: Any) -> tuple[int, ...]:
-    """Changes whenever the weights may have changed: the optimizer step, and how often parameters were written to.
-
-    TRL looks at the step alone. But the best model that is loaded at the end has other weights at the same step, and so
-    has one that is resumed or loaded by hand.
-    """
-    writes = sum(parameter._version for parameter in trainer.model.parameters())
-    return trainer.is_in_train, trainer.state.global_step, writes
 
 
 def _refuse(trainer: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.recipes.ablation import FOUR, read_curve
+from lockstep.recipes.ablation import FOUR
+from lockstep.recipes.ablation_report import read_curve
 
 pytestmark = pytest.mark.engine
 

@@ -27,6 +27,17 @@ from lockstep.export.served import Layer
 from lockstep.qat.prepare import FUSED, run_as_one
 from lockstep.scheme import Scheme
 
+# Of a config: what decides how the layers are put together, where no weight shows it.
+ARCHITECTURE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "rms_norm_eps",
+    "hidden_act",
+    "sliding_window",
+)
 EXPLAINED = 32  # wrong layers that are looked into: their outputs are kept for that
 
 
@@ -156,6 +167,34 @@ def scope_problems(trained: Mapping[str, tuple[str, int]], live: Mapping[str, Li
     return {name: "; ".join(found) for name, found in problems.items()}
 
 
+def architecture_problems(model: nn.Module, engine: RolloutEngine) -> dict[str, str]:
+    """Where the configs of the trainer's and of the engine's model differ, under ``config``, if the engine shows its.
+
+    Two models with the same tensors may compute differently with them: by other heads, positions or windows. Compared
+    are `ARCHITECTURE`, as far as both configs have it: engines add entries of their own.
+    """
+    ours, theirs = _text_config(model), _text_config(engine)
+    if ours is None or theirs is None:
+        return {}
+    found = [
+        f"{name} is {getattr(ours, name)} in training and {getattr(theirs, name)} in the engine"
+        for name in ARCHITECTURE
+        if hasattr(ours, name) and hasattr(theirs, name) and _differ(getattr(ours, name), getattr(theirs, name))
+    ]
+    return {"config": "; ".join(found)} if found else {}
+
+
+def _text_config(owner: Any) -> Any:
+    text = getattr(getattr(owner, "config", None), "get_text_config", None)
+    return text() if callable(text) else None
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return any(_differ(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+    return bool(ours != theirs)
+
+
 # The audit -----------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +253,11 @@ class Inspection:
                 self._explained.setdefault(name, []).append(what)
 
     def report(
-        self, configs: Mapping[str, Mapping[str, Any]], checkpoint: str | Path | None, stored_tensors: Mapping[str, str]
+        self,
+        configs: Mapping[str, Mapping[str, Any]],
+        checkpoint: str | Path | None,
+        stored_tensors: Mapping[str, str],
+        architecture: Mapping[str, str],
     ) -> AuditReport:
         """What was found.
 
@@ -222,6 +265,7 @@ class Inspection:
             configs: each a ``quantization_config``, by the words to call it.
             checkpoint: a folder to compare, or None.
             stored_tensors: what lies wrong in the engine, by tensor.
+            architecture: see `architecture_problems`.
         """
         found: list[Iterable[tuple[str, str]]] = []
         served = [layer.weights.served_dtype for layer in self._scope.values() if layer is not None]
@@ -243,6 +287,7 @@ class Inspection:
             (layer_of(tensor), f"{tensor.rpartition('.')[2]}: {what}") if layer_of(tensor) in linear else (tensor, what)
             for tensor, what in stored_tensors.items()
         )
+        found.append(architecture.items())
         return AuditReport(merged(*found), self._checked, self._skipped)
 
     def _missing(self, live: Mapping[str, LiveLayer]) -> dict[str, str]:

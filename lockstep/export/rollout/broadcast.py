@@ -25,6 +25,7 @@ import re
 import socket
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -404,9 +405,12 @@ class BroadcastEngine:
         return replies[0].to(x.device)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """See `RolloutEngine`. Engines after the first take ``seed + 1`` and so on."""
+        """See `RolloutEngine`. The first engine takes the seed, each other one a seed made of it and the number.
+
+        Not ``seed + 1``: then one engine would draw what another draws of the next seed.
+        """
         self._check_usable()
-        seeds = [None if sampling.seed is None else sampling.seed + number for number in range(self.link.engines)]
+        seeds = [_seed(sampling.seed, number) for number in range(self.link.engines)]
         fields = [_fields(replace(sampling, seed=seed)) for seed in seeds]
         replies = self._ask("generate", parts=_dealt(prompts, self.link.engines), sampling=fields)
         return [
@@ -861,6 +865,11 @@ def _dealt(items: Sequence[Value], count: int) -> list[list[list[int]]]:
     """`items` in `count` runs of about the same length."""
     step = -(-len(items) // count) or 1
     return [[list(one) for one in items[n * step : (n + 1) * step]] for n in range(count)]  # type: ignore[call-overload]
+
+
+def _seed(seed: int | None, number: int) -> int | None:
+    """That of engine `number`."""
+    return seed if seed is None or number == 0 else zlib.crc32(f"{seed} {number}".encode())
 
 
 def _fields(sampling: Sampling) -> dict[str, Any]:

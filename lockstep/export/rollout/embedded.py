@@ -6,7 +6,9 @@ kernel (`lockstep.kernels`). What it answers is what a checkpoint of the same ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.rollout import live
 from lockstep.export.rollout import sampling as sampler
 from lockstep.export.rollout.engine import Completion, EngineUnusable, LiveLayer, Sampling, checksums_of
-from lockstep.export.rollout.skeleton import KernelNames, Skeleton, bare_class, build, on_meta, stored_schemes
+from lockstep.export.rollout.skeleton import (
+    KernelNames,
+    Skeleton,
+    bare_class,
+    build,
+    on_meta,
+    places_in_memory,
+    stored_schemes,
+)
 from lockstep.export.served import prepared_cache
 from lockstep.kernels import scaled_mm
 from lockstep.qat.prepare import (
@@ -35,10 +45,13 @@ from lockstep.scheme import Rule, Scheme, dtype_name
 class EmbeddedEngine:
     """A `RolloutEngine` in this process: make it with `from_model` or `from_folder`.
 
+    Threads may share it. An update waits for the call that is being answered, and calls wait for one another.
+
     Attributes:
         format: what `lockstep.export.stream` is asked for to update it.
         partial: True: an update may leave out what did not change.
-        model: the transformers model that answers; its weights are the engine's stored tensors.
+        model: the transformers model that answers; its weights are the engine's stored tensors. It must not be moved,
+            and no module of it replaced.
         max_batch_tokens: sequences, prompts and answers together, that are generated at a time; more wait for the next
             batch.
     """
@@ -52,6 +65,9 @@ class EmbeddedEngine:
         self._loading: int | None = None
         self._arrived: set[str] = set()
         self._why = "it holds no weights yet"
+        self._in_memory = places_in_memory(skeleton.model)
+        # Held while a call is answered, and to begin an update; between begin and end nothing is answered anyway.
+        self._lock = threading.RLock()
         # For each stored tensor all those of the layers that engines run as one with its own.
         owners: dict[str, list[str]] = {}
         for name in self._places:
@@ -93,10 +109,12 @@ class EmbeddedEngine:
         Raises:
             TypeError: it is no transformers model.
             ValueError: the model is neither prepared nor is there a `scheme`, or both; or a buffer of it is stored
-                nowhere and transformers does not compute it.
+                nowhere and transformers does not compute it; or it takes no ``past_key_values``.
             KernelUnavailable: a layer's scheme can be computed here by none of the kernels named.
             ExportError: the model has tensors that no checkpoint holds as they are.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the embedded engine runs transformers models, found {type(model).__name__}.")
         with with_adapters_merged(model) as served:
             bare: Any = unwrapped(served)
             config = _config_of(bare)
@@ -149,6 +167,7 @@ class EmbeddedEngine:
 
         Raises:
             CheckpointError: the folder cannot be read, or does not hold what its config declares.
+            ValueError: its model takes no ``past_key_values``, or has a buffer that cannot be computed.
             KernelUnavailable: a layer's scheme can be computed here by none of the kernels named.
         """
         from transformers import AutoConfig
@@ -178,6 +197,11 @@ class EmbeddedEngine:
         engine.end_update()
         return engine
 
+    @property
+    def config(self) -> Any:
+        """The transformers config of the model that answers."""
+        return self.model.config
+
     # Weights ----------------------------------------------------------------------------------------------------------
 
     @property
@@ -186,10 +210,17 @@ class EmbeddedEngine:
         return None if self._loading is not None else self._version
 
     def begin_update(self, version: int) -> None:
-        """Announce `version`. RuntimeError if another update has not ended."""
-        if self._loading is not None:
-            raise RuntimeError(f"version {self._loading} is being loaded: end_update or abort_update first.")
-        self._loading, self._arrived = version, set()
+        """Announce `version`, once what another thread has asked for is answered.
+
+        Raises:
+            EngineUnusable: `model` was moved, or a module of it replaced.
+            RuntimeError: another update has not ended.
+        """
+        with self._lock:
+            if self._loading is not None:
+                raise RuntimeError(f"version {self._loading} is being loaded: end_update or abort_update first.")
+            self._check_in_place()
+            self._loading, self._arrived = version, set()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -261,7 +292,8 @@ class EmbeddedEngine:
         self._loading = None
 
     def checksums(self) -> dict[str, int]:
-        """`checksum` of each stored tensor as it lies there now."""
+        """`checksum` of each stored tensor as it lies there now. EngineUnusable if `model` was moved."""
+        self._check_in_place()
         return checksums_of(self._places)
 
     # What runs --------------------------------------------------------------------------------------------------------
@@ -277,11 +309,11 @@ class EmbeddedEngine:
             EngineUnusable: no version answers.
             ValueError: there is no such layer.
         """
-        self._check_usable()
-        layers = live.layers(self._skeleton)
-        if name not in layers:
-            raise ValueError(f"{name}: the engine has no such layer; it has {next(iter(layers))} and more.")
-        with self._answering():
+        with self._lock, self._answering():
+            self._check_usable()
+            layers = live.layers(self._skeleton)
+            if name not in layers:
+                raise ValueError(f"{name}: the engine has no such layer; it has {next(iter(layers))} and more.")
             return layers[name][1](x.to(self.model.device, self.model.dtype))
 
     # Answers ----------------------------------------------------------------------------------------------------------
@@ -295,16 +327,16 @@ class EmbeddedEngine:
 
         Raises:
             EngineUnusable: no version answers.
+            TypeError: a prompt is no sequence of integers.
             ValueError: an empty prompt, a token outside the vocabulary, a prompt and its answer longer than the model
                 takes, a `sampling` out of range, or logits that are NaN.
         """
-        version = self._check_usable()
         sampler.check(sampling)
-        self._check_tokens(prompts, "prompt", sampling.max_tokens)
-        rows = [prompt for prompt in prompts for _ in range(sampling.n)]
+        rows = [row for row in self._tokens(prompts, "prompt", sampling.max_tokens) for _ in range(sampling.n)]
         uniform = sampler.uniforms(len(rows), sampling)
         answers: list[Any] = [None] * len(rows)
-        with self._answering():
+        with self._lock, self._answering():
+            version = self._check_usable()
             widest = sampler.widest(self.model)
             for batch in sampler.by_length(rows, self.max_batch_tokens, sampling.max_tokens, widest):
                 found = sampler.generate(self.model, [rows[row] for row in batch], sampling, uniform[batch])
@@ -319,12 +351,13 @@ class EmbeddedEngine:
 
         Raises:
             EngineUnusable: no version answers.
+            TypeError: a sequence is not one of integers.
             ValueError: an empty sequence, a token outside the vocabulary, or one longer than the model takes.
         """
-        self._check_usable()
-        self._check_tokens(sequences, "sequence", 0)
-        with self._answering():
-            return sampler.sequence_logprobs(self.model, sequences, self.max_batch_tokens)
+        rows = self._tokens(sequences, "sequence", 0)
+        with self._lock, self._answering():
+            self._check_usable()
+            return sampler.sequence_logprobs(self.model, rows, self.max_batch_tokens)
 
     def _check_usable(self) -> int:
         if self._loading is not None:
@@ -334,19 +367,34 @@ class EmbeddedEngine:
             )
         if self._version is None:
             raise EngineUnusable(f"the engine answers nothing: {self._why}. Send it a whole version.")
+        self._check_in_place()
         return self._version
 
-    def _check_tokens(self, rows: Sequence[Sequence[int]], what: str, more: int) -> None:
+    def _check_in_place(self) -> None:
+        """EngineUnusable if what the model multiplies with is no longer what updates are written to."""
+        now = places_in_memory(self.model)
+        if now != self._in_memory:
+            before = self._in_memory
+            name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+            raise EngineUnusable(
+                f"{name}: the model's tensors were moved or replaced (.to), and updates do not reach them: make a new "
+                "engine on the device that you want."
+            )
+
+    def _tokens(self, rows: Sequence[Sequence[int]], what: str, more: int) -> list[list[int]]:
+        """`rows` as lists, checked: each with room for `more` tokens."""
+        lists = [_integers(row, f"{what} {number}") for number, row in enumerate(rows)]
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
-        for number, row in enumerate(rows):
-            if not len(row):
+        for number, row in enumerate(lists):
+            if not row:
                 raise ValueError(f"{what} {number} is empty: the first token needs one before it.")
             if min(row) < 0 or max(row) >= config.vocab_size:
                 raise ValueError(f"{what} {number} has a token outside the vocabulary of {config.vocab_size}.")
             if longest is not None and len(row) + more > longest:
                 found = f"{len(row)} tokens" + f" and {more} to come" * bool(more)
                 raise ValueError(f"{what} {number} has {found}, the model takes {longest}.")
+        return lists
 
     def _answering(self) -> Any:
         return _Answering(self.model.device)
@@ -375,6 +423,15 @@ def _class_of(config: Any, stored: Checkpoint) -> type[Any]:
     if not hasattr(transformers, name):
         raise CheckpointError(f"{stored.directory}/config.json: transformers has no class {name} (architectures).")
     return getattr(transformers, name)
+
+
+def _integers(row: Any, what: str) -> list[int]:
+    row = row.tolist() if isinstance(row, Tensor) else row
+    kinds = set(map(type, row)) if isinstance(row, Iterable) else {type(row)}
+    if not isinstance(row, Iterable) or any(kind is bool or not issubclass(kind, Integral) for kind in kinds):
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{what} must be a sequence of token ids, which are integers, found {found}.")
+    return [*row]
 
 
 def _owner(name: str) -> str:

@@ -143,7 +143,8 @@ def _words(tensor: Tensor) -> Tensor:
     """The 32-bit words of a tensor, contiguous int32 of any shape, filled up with zeros."""
     tensor = tensor.detach()
     # Sizes of 1 may have any stride. A view at an odd place, or of an odd length, cannot be one of words.
-    if tensor.numel() and tensor.ndim and tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % 16:
+    plain = tensor.numel() and tensor.ndim and tensor.is_contiguous() and 1 not in tensor.shape
+    if plain and not tensor.data_ptr() % 16:
         if tensor.dtype == torch.int32:
             return tensor
         if not (tensor.shape[-1] * tensor.itemsize % 4 or tensor.storage_offset() % 4):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lockstep.export.rollout.engine import Sampling
 
@@ -18,20 +19,35 @@ from lockstep.export.rollout.engine import Sampling
 LOOK_EVERY = 8
 # Logits that are held at a time in the served dtype, and, of whole sequences, the part that is widened to fp32.
 LOGITS, PART = 1 << 29, 1 << 27
+# The lowest temperature but 0: fp32 logits divided by a smaller one are infinite.
+COLDEST = torch.finfo(torch.float32).tiny
 
 
 def check(sampling: Sampling) -> None:
-    """ValueError if a field of `sampling` is out of its range."""
-    fields = {
-        "max_tokens": (sampling.max_tokens > 0, "at least 1"),
-        "temperature": (0 <= sampling.temperature < float("inf"), "0 or a positive number"),
-        "top_k": (sampling.top_k >= 0, "0 (all tokens) or a positive number"),
-        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        "n": (sampling.n > 0, "at least 1"),
+    """ValueError if a field of `sampling` is of another type or out of its range."""
+    fields: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "max_tokens": (lambda x: _whole(x) and x > 0, "a whole number of at least 1"),
+        "temperature": (
+            lambda x: _real(x) and (x == 0 or COLDEST <= x < float("inf")),
+            f"0 or a number of at least {COLDEST:.3g}",
+        ),
+        "top_k": (lambda x: _whole(x) and x >= 0, "0 (all tokens) or a positive whole number"),
+        "top_p": (lambda x: _real(x) and 0 < x <= 1, "a number above 0 and at most 1"),
+        "n": (lambda x: _whole(x) and x > 0, "a whole number of at least 1"),
+        "stop": (lambda x: isinstance(x, tuple | list) and all(map(_whole, x)), "a tuple of token ids"),
+        "seed": (lambda x: x is None or (_whole(x) and -(2**63) <= x < 2**64), "None or a whole number of 64 bits"),
     }
     for name, (fine, allowed) in fields.items():
-        if not fine:
+        if not fine(getattr(sampling, name)):
             raise ValueError(f"Sampling.{name}={getattr(sampling, name)!r}: it must be {allowed}.")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def uniforms(rows: int, sampling: Sampling) -> Tensor:
@@ -132,7 +148,7 @@ def _decode(model: Any, ids: Tensor, pads: Tensor | None, sampling: Sampling, un
                 left = (~stopped).nonzero().squeeze(-1)
                 if not len(left):
                     break
-                if len(left) <= len(alive) // 2:
+                if len(left) <= len(alive) // 2 and all(type(layer) in DROP_ROWS for layer in cache.layers):
                     cache.batch_select_indices(left)
                     alive, stopped, token = alive[left], stopped[left], token[left]
                     uniform, positions = uniform[left], positions[left]
@@ -193,6 +209,10 @@ class GrowingLayer(DynamicLayer):
         """Keep these rows alone."""
         self._all = [whole[indices] for whole in self._all]
         self.keys, self.values = (whole[:, :, : self._used] for whole in self._all)
+
+
+# Cache layers that can drop rows. Those of linear attention cannot, or drop the keys' and keep their states'.
+DROP_ROWS = (GrowingLayer, DynamicSlidingWindowLayer)
 
 
 def growing_cache(model: Any, size: int) -> DynamicCache:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from lockstep.export.gather import ranks_of, together, without_wrappers
 from lockstep.export.rollout import audit
@@ -35,6 +36,8 @@ from lockstep.qat.prepare import (
 )
 from lockstep.scheme import Rule, Scheme
 
+METHODS = ("begin_update", "load", "end_update", "abort_update")  # by which an engine is known
+SHOW_AFTER = 2.0  # seconds after which a walk over the model shows how far it is, in a terminal
 VERSIONS = 4  # of whose tensors a session remembers the checksums, to tell a stale one from a wrong one
 
 Value = TypeVar("Value")
@@ -69,9 +72,10 @@ class RolloutSession:
     ...     session.sync()
     ...     train(model, engine.generate(prompts, sampling))
 
-    The first sync audits the engine, see `audit`. Tensors go in buckets of whole units: the projections that engines
-    fuse, and all experts of a block. There is no second copy of the model: beside it there are one bucket and two
-    units, of which one is checked and hashed on the device while the other is waited for.
+    The first sync audits the engine, see `audit`, and so does the first after the model was prepared otherwise. Tensors
+    go in buckets of whole units: the projections that engines fuse, and all experts of a block. There is no second copy
+    of the model: beside it there are one bucket and two units, of which one is checked and hashed on the device while
+    the other is waited for.
 
     Of a sharded model (FSDP1, FSDP2, ZeRO-3) all ranks make a session and call the same methods of it; rank zero has
     the engine, the others pass None. An error on one rank is an error on all.
@@ -79,7 +83,7 @@ class RolloutSession:
     Args:
         model: a prepared model, or its wrapper, as in `lockstep.export.stream`. With `scheme`, or an engine whose
             format is ``"plain"``, it need not be prepared.
-        engine: what generates; see `RolloutEngine`.
+        engine: what generates; see `RolloutEngine`. For another engine make another session.
         scheme: quantize a model that is not prepared, at each sync and for the time of it: rollouts on a grid that
             training does not see. A preset's name, a `Scheme` or a list of `Rule`, as in `lockstep.prepare`.
         ignore: with `scheme`, what to leave as it is, as in `lockstep.prepare`.
@@ -87,6 +91,7 @@ class RolloutSession:
         only_changed: send only units of which a tensor has changed since the last sync, where the engine takes a part.
 
     Raises:
+        TypeError: a `model` that is a LightningModule, an `engine` that is none, a `scheme` that is none.
         ValueError: an unreadable size; `scheme` with a model that is prepared or has adapters of peft, or with an
             engine whose format is ``"plain"``.
     """
@@ -101,13 +106,15 @@ class RolloutSession:
         bucket_size: int | str = "256MB",
         only_changed: bool = True,
     ) -> None:
-        self.model, self.engine = model, engine
+        _check_types(model, engine, scheme)
+        self.model, self._engine = model, engine
         self._scheme, self._ignore, self._only_changed = scheme, ignore, only_changed
         self._limit = parse_bytes(bucket_size, "bucket_size")
         self._version: int | None = None
         self._tried = 0
-        self._audited = False
-        self._held: dict[str, int] = {}  # checksums of what the engine is known to hold
+        self._audited: dict[str, Scheme] | None = None  # of the prepared layers, when an audit found no problem
+        self._sent: dict[str, int] = {}  # checksums of what the last sync left in the engine
+        self._held: dict[str, int] = {}  # those of it that nobody has found otherwise since
         self._history: dict[int, dict[str, int]] = {}  # those of the last versions
         self._seen: dict[int, dict[str, int]] = {}  # fingerprints of the layers in the last audits
         if scheme is not None:
@@ -116,6 +123,11 @@ class RolloutSession:
             _check_unprepared(model)
             if engine is not None and engine.format == PLAIN:
                 raise ValueError(f"scheme={scheme!r} quantizes, and the engine takes plain weights: leave one out.")
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """What generates. None on the other ranks of a sharded model."""
+        return self._engine
 
     @property
     def version(self) -> int | None:
@@ -128,17 +140,23 @@ class RolloutSession:
         Raises:
             SyncError: the model could not be streamed, or the engine did not take it. Nothing is assumed of the engine
                 any more: the next sync sends everything.
-            AuditError: the first sync arrived, and the engine does not compute with what was sent. It answers all the
-                same: do not use it.
+            AuditError: the first sync, or the first with other schemes, arrived, and the engine does not compute with
+                what was sent. It answers all the same: do not use it.
         """
         start = time.perf_counter()
-        held, self._held = self._held, {}
+        held, self._held, self._sent = self._held, {}, {}
         update: _Update | None = None
 
         def begin() -> None:
             nonlocal update
-            if self.engine is not None:
-                update = self._begin(self.engine, held)
+            if self.engine is None:
+                return
+            update = self._update(self.engine, held)  # kept before it begins: an interrupt gives it up
+            try:
+                update.begin()
+            except Exception:
+                update = None
+                raise
 
         def take(unit: list[Made]) -> None:
             assert update is not None
@@ -155,7 +173,8 @@ class RolloutSession:
                 problem = served.walk(served.make, take)
                 report = served.agree(finish)
                 assert report is not None
-                if not self._audited:
+                schemes = served.agree(lambda: _schemes(served.model))  # of one rank: all must audit, or none
+                if schemes != self._audited:
                     self._audit(served, None, report).assert_ok()
         except (SyncError, AuditError):
             raise
@@ -164,8 +183,8 @@ class RolloutSession:
         except BaseException as error:  # Ctrl-C
             self._failed(error, update)
             raise
-        self._audited = True
-        self._version, self._held = report.version, report.checksums
+        self._audited = schemes
+        self._version, self._sent, self._held = report.version, report.checksums, report.checksums
         self._remember(self._history, report.version, report.checksums)
         return report
 
@@ -173,6 +192,7 @@ class RolloutSession:
         """Compare what lies in the engine with what the trainer would send now, tensor by tensor, by checksums.
 
         Problems name every stale, differing or missing tensor. After a sync, until the trainer steps, there are none.
+        What lies in the engine otherwise than it was sent is sent again by the next sync.
 
         Raises:
             AuditError: the engine keeps its tensors in another layout than it was sent, and cannot tell: see `audit`.
@@ -194,6 +214,7 @@ class RolloutSession:
                 lying = self.engine.checksums()
                 if lying is None:
                     raise AuditError("the engine keeps its tensors in another layout than they were sent in: audit().")
+                self._held = {name: total for name, total in self._held.items() if lying.get(name) == total}
                 found = audit.compare_checksums(now, lying, self._history, self.engine.version)
                 return AuditReport(found, len(now))
 
@@ -208,13 +229,18 @@ class RolloutSession:
         modules, with the rows of fused ones; what each live layer gives for rows of the identity (its weight, exact)
         and for a dense input (see `lockstep.export.rollout.audit`); and where the engine can tell, the checksums of
         what lies in it with those of what was sent. Of a model that has trained on since the last sync, layers that
-        have changed are reported as that.
+        have changed are reported as that. Where the engine shows the config of its model (an attribute ``config``, as
+        transformers makes it), what decides how layers are put together is compared too. After an audit with problems
+        the next sync sends everything.
 
         Args:
             checkpoint: the folder that the engine was started from, whose config and tensors are compared too.
         """
         with self._served() as served:
-            return self._audit(served, checkpoint, None)
+            report = self._audit(served, checkpoint, None)
+        if not report.ok:
+            self._held = {}
+        return report
 
     # -------------------------------------------------------------------------------------------------------------
 
@@ -275,7 +301,7 @@ class RolloutSession:
             if switched:
                 unprepare(unwrapped(self.model))
 
-    def _begin(self, engine: RolloutEngine, held: dict[str, int]) -> _Update:
+    def _update(self, engine: RolloutEngine, held: dict[str, int]) -> _Update:
         # Whoever else has updated the engine has left it with another version.
         known = self._only_changed and engine.partial and engine.version == self._version
         self._tried = max(self._tried, engine.version or 0) + 1
@@ -296,7 +322,7 @@ class RolloutSession:
                 layers.setdefault(key.rpartition(".")[0], {}).update(found)
         quantized = {name: layer.scheme for of_module in layers.values() for name, layer in of_module.items()}
         scope: dict[str, Scheme | None] = dict.fromkeys([*quantized, *others]) | ({} if plain else dict(quantized))
-        sums = self._held if sent is None else sent.checksums
+        sums = self._sent if sent is None else sent.checksums
         inspection: Inspection | None = None
 
         def begin() -> None:
@@ -328,7 +354,7 @@ class RolloutSession:
             lying = self.engine.checksums() if sums else None
             stored = {} if lying is None else audit.compare_checksums(sums, lying, self._history, self._version)
             configs = {} if plain else {"the exported config": quantization_config(model, served.format)}
-            report = inspection.report(configs, checkpoint, stored)
+            report = inspection.report(configs, checkpoint, stored, audit.architecture_problems(model, self.engine))
             if self.engine.version is not None:
                 self._remember(self._seen, self.engine.version, inspection.fingerprints)
             return report
@@ -375,7 +401,9 @@ class _Served(NamedTuple):
         An error is returned: the other ranks wait for this one where the next module is gathered.
         """
         problem: Exception | None = None
-        for names in indivisible(self.entries):
+        units = [*indivisible(self.entries)]
+        hidden = None if self.here else True  # None: where it is no terminal
+        for names in tqdm(units, "weights", leave=False, disable=hidden, delay=SHOW_AFTER):
             found: list[Value] = []
             try:
                 for entry in (one for name in names for one in self.entries[name]):
@@ -392,17 +420,24 @@ class _Served(NamedTuple):
 
 
 class _Update:
-    """One update of an engine, from `begin_update` on."""
+    """One update of an engine."""
 
     def __init__(self, engine: RolloutEngine, version: int, held: Mapping[str, int], limit: int) -> None:
         self.version, self.checksums = version, dict[str, int]()
-        self._engine, self._held, self._begun, self._open = engine, held, False, True
+        self._engine, self._held = engine, held
+        self._begun, self._open, self._ended = False, False, False
         self._sent, self._skipped, self._bytes = 0, 0, 0
         self._last: Callable[[], None] | None = None  # waits for the last unit's checks and checksums, and sends it
         self._buckets = Buckets(limit, self._load)
+
+    def begin(self) -> None:
+        """Announce it. SyncError if the engine does not take it."""
+        idle = self._engine.version is not None
+        self._open = True  # before it is: an interrupt does not say how far it came
         try:
-            engine.begin_update(version)
+            self._engine.begin_update(self.version)
         except Exception as error:
+            self._open = idle  # else the update that is open may be somebody else's
             raise self.failed(error) from error
         self._begun = True
 
@@ -431,7 +466,7 @@ class _Update:
                 self._last()
             self._buckets.flush()
             self._engine.end_update()
-            self._open = False
+            self._open, self._ended = False, True
             if self._engine.version != self.version:
                 raise RuntimeError(f"the engine has taken version {self.version} and says {self._engine.version}.")
         except Exception as error:
@@ -441,7 +476,7 @@ class _Update:
 
     def failed(self, error: BaseException) -> SyncError:
         """Give the update up, and say what the engine is now."""
-        said = [f"{'' if self._open else 'after '}version {self.version}: {_sentence(error)}"]
+        said = [f"{'after ' if self._ended else ''}version {self.version}: {_sentence(error)}"]
         if self._open:
             self._open = False
             try:
@@ -476,6 +511,29 @@ def _answers(engine: RolloutEngine) -> str:
     if version is None:
         return "The engine is unusable until a whole sync has succeeded."
     return f"The engine answers with version {version}."
+
+
+def _schemes(model: nn.Module) -> dict[str, Scheme]:
+    """Of the prepared layers, by their names in the model."""
+    bare = unwrapped(model)
+    experts = {name: block.scheme for name, block in quantized_experts(bare)}
+    return {name: layer.scheme for name, layer in quantized_modules(bare)} | experts
+
+
+def _check_types(model: nn.Module, engine: Any, scheme: Any) -> None:
+    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        raise TypeError(
+            f"model is a LightningModule, {type(model).__name__}, whose names no engine knows: pass the model it holds."
+        )
+    lacking = [name for name in METHODS if not callable(getattr(engine, name, None))]
+    if engine is not None and lacking:
+        raise TypeError(
+            f"engine={engine!r} has no {', '.join(lacking)}: an engine is a RolloutEngine, such as "
+            "EmbeddedEngine.from_model(model) or VLLMEngine(llm)."
+        )
+    rules = isinstance(scheme, Sequence) and scheme and all(isinstance(rule, Rule) for rule in scheme)
+    if scheme is not None and not isinstance(scheme, str | Scheme) and not rules:
+        raise TypeError(f"scheme={scheme!r}: a scheme is a preset's name, a Scheme or a list of lockstep.Rule.")
 
 
 def _check_unprepared(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,8 @@ class SGLangEngine:
             common["stop_token_ids"] = list(sampling.stop)
         parameters = [dict(common) for _ in inputs]
         if sampling.seed is not None:
-            for number, own in enumerate(parameters):  # one seed for all would give `n` times one answer
-                own["sampling_seed"] = sampling.seed + number
+            for number, own in enumerate(parameters):  # seeds in a row would give the next call's answers again
+                own["sampling_seed"] = zlib.crc32(f"{sampling.seed} {number}".encode())
         answers = self._server.generate({"input_ids": inputs, "sampling_params": parameters, "return_logprob": True})
         return [self._completion(answer["meta_info"], version) for answer in answers]
 

@@ -7,6 +7,7 @@ with a true kernel (`lockstep.kernels`); in the place of quantized experts, `Pac
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Skeleton:
         return [module for module in self.model.modules() if isinstance(module, PackedExperts)]
 
 
+@torch.inference_mode(False)  # tensors allocated in it could be written in it alone
+@torch.no_grad()
 def build(
     kind: type[Any],
     config: Any,
@@ -80,7 +83,8 @@ def build(
 
     Raises:
         KernelUnavailable: no kernel asked for computes a layer.
-        ValueError: a scheme's module is not in the model, or a buffer cannot be computed from the config.
+        ValueError: a scheme's module is not in the model, a buffer cannot be computed from the config, or the model
+            takes no ``past_key_values``.
     """
     model = on_meta(kind, config, served)
     if conversions is not None:
@@ -119,13 +123,29 @@ def build(
     return skeleton
 
 
+def places_in_memory(model: nn.Module) -> dict[str, int]:
+    """The address of each tensor of `model` that a checkpoint stores, by its name in the model."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{name}.{leaf}"] = tensor.data_ptr()
+    return found
+
+
 def bare_class(model: nn.Module) -> type[Any]:
     """The class of `model` without the one that fully_shard has put before it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def on_meta(kind: type[Any], config: Any, served: torch.dtype) -> Any:
-    """A model of class `kind` on ``meta``, with a config of its own and the attention that `config` asks for."""
+    """A model of class `kind` on ``meta``, with a config of its own and the attention that `config` asks for.
+
+    Raises:
+        ValueError: it takes no ``past_key_values``: state-space models leave them aside unsaid, as any other keyword.
+    """
+    if "past_key_values" not in inspect.signature(kind.forward).parameters:
+        raise ValueError(f"{kind.__name__} takes no past_key_values: the embedded engine cannot decode it.")
     config = copy.deepcopy(config)
     config.use_cache = True
     implementation = str(getattr(config, "_attn_implementation", None) or "sdpa").removeprefix("lockstep_")

@@ -7,6 +7,7 @@ itself does not check.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,6 +81,11 @@ class VLLMEngine:
     def version(self) -> int | None:
         """Of the weights that answer now, or None. 0: those that the engine was started with."""
         return self._version
+
+    @property
+    def config(self) -> Any:
+        """Of the model that runs, as vLLM has read it."""
+        return self._config.model_config.hf_config
 
     def begin_update(self, version: int) -> None:
         """Announce `version`. An update that was left half-finished is given up first.
@@ -184,7 +190,8 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """`sampling.n` answers to each prompt, in the prompts' order.
 
-        With a seed, prompt i and answer j sample by ``seed + i * n + j``.
+        With a seed, each prompt samples by one made of it and the prompt's place (CRC-32), and vLLM adds j for answer
+        j. Sums alone would repeat: seed 0 would give prompt 1 what seed 1 gives prompt 0.
 
         Raises:
             EngineUnusable: see `version`.
@@ -205,7 +212,7 @@ class VLLMEngine:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 stop_token_ids=list(sampling.stop),
-                seed=None if sampling.seed is None else sampling.seed + number * sampling.n,
+                seed=None if sampling.seed is None else zlib.crc32(f"{sampling.seed} {number}".encode()),
                 ignore_eos=True,
                 logprobs=0,
                 detokenize=False,
