@@ -427,6 +427,22 @@ def test_a_seed_gives_the_same_answers_however_they_are_batched():
     assert len({tuple(one.tokens) for one in together}) == 12
 
 
+def test_a_trainer_that_makes_bf16_the_default_dtype_gets_the_same_answers():
+    """Lightning's bf16-true does so, and log-probabilities in bf16 would be no log-probabilities."""
+    model = prepared(tiny_llama(torch.bfloat16), grouped(32))
+    sampling = Sampling(max_tokens=6, n=2, seed=0)
+    expected = engine_of(model).generate([[1, 2, 3], [4, 5]], sampling)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = engine_of(model).generate([[1, 2, 3], [4, 5]], sampling)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs.dtype == torch.float32
+        assert torch.equal(one.logprobs, other.logprobs)
+
+
 def test_an_answer_ends_with_its_stop_token_and_others_go_on():
     """Rows that have stopped are dropped from the batch on the way: what is left is as it was without them."""
     engine = engine_of(prepared(tiny_llama(torch.float32), IN_FP32))

@@ -262,6 +262,8 @@ def test_what_does_not_fit_is_named():
         mismatch(trainer, rollout[:4])
     with pytest.raises(ValueError, match=r"mask: sequence 0 has \[11\] tokens, trainer's \[12\]"):
         mismatch(trainer, rollout, sampled[:, 1:])
+    with pytest.raises(TypeError, match=r"trainer: sequence 0 is a list: give tensors, a row a sequence"):
+        mismatch([[-1.0, -2.0]], [[-1.0, -2.0]])
     with pytest.raises(ValueError, match=r"rollout: log-probabilities are torch.bfloat16, .* in float32"):
         mismatch(trainer, rollout.bfloat16())
     with pytest.raises(ValueError, match="sequence 1, token 0 is in mask and in prompt_mask"):

@@ -297,6 +297,9 @@ def _check_dtype(name: str, values: Tensor) -> None:
 
 
 def _rows(name: str, values: Rows) -> list[Tensor]:
+    for number, row in enumerate(values):
+        if not isinstance(row, Tensor):
+            raise TypeError(f"{name}: sequence {number} is a {type(row).__name__}: give tensors, a row a sequence.")
     rows = [row.detach() for row in values]
     for number, row in enumerate(rows):
         _check_dtype(name, row)

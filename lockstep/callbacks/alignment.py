@@ -157,14 +157,19 @@ class _Alignment:
                 self._event(step, "stop", message)
                 raise MismatchError(
                     f"step {step}: {message}. So it is not old weights: lockstep.align.decompose(session, sequences) "
-                    "measures what it is made of, session.audit() names layers that the engine runs otherwise."
+                    "measures what it is made of, session.audit() names layers that the engine runs otherwise. A floor "
+                    "that has grown with a sharper policy is measured anew after callback.floor = None."
                 )
         elif over:
             self._event(step, self.action, words)
             if self.action == "stop":
                 return f"step {step}: trainer and engine differ by {words}."
             if not _rank():
-                warnings.warn(f"step {step}: trainer and engine differ by {words}.", stacklevel=4)
+                warnings.warn(
+                    f"step {step}: trainer and engine differ by {words}. Old weights, or a floor that has grown with a "
+                    "sharper policy: lockstep.align.decompose tells, and callback.floor = None measures it anew.",
+                    stacklevel=4,
+                )
         return ""
 
     @property

@@ -259,7 +259,11 @@ def train_arm(
     resumed = last.exists()
     if name == "killed":
         callbacks.append(
-            ModelCheckpoint(last.parent, save_last=True, every_n_train_steps=size.updates * CHECKPOINT_EVERY)
+            ModelCheckpoint(
+                last.parent,
+                save_last=True,
+                every_n_train_steps=size.updates * min(CHECKPOINT_EVERY, max(1, steps // 2)),
+            )
         )
         if not resumed:
             callbacks.append(KillHalfWay(steps // 2 * size.updates + size.updates - 1))

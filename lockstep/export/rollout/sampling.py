@@ -129,7 +129,7 @@ def _decode(model: Any, ids: Tensor, pads: Tensor | None, sampling: Sampling, un
     cache = growing_cache(model, length + most)
     stop = torch.tensor(sampling.stop, dtype=torch.long, device=device)
     tokens = torch.zeros(batch, most, dtype=torch.long, device=device)
-    logprobs = torch.zeros(batch, most, device=device)
+    logprobs = torch.zeros(batch, most, dtype=torch.float32, device=device)
     alive, stopped = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
     places = torch.arange(length + most, device=device).expand(batch, -1)
     seen = None if pads is None else places >= pads.unsqueeze(-1)

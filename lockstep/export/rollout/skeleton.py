@@ -294,7 +294,7 @@ class PackedLinear(nn.Module):
         for suffix, (shape, dtype) in stored.items():
             self.register_buffer(suffix, torch.empty(shape, dtype=dtype, device=device))
         if inputs is not None and inputs.stores_scale:
-            self.register_buffer(inputs.scale_name, torch.empty(1, device=device))
+            self.register_buffer(inputs.scale_name, torch.empty(1, dtype=torch.float32, device=device))
         self._suffixes = tuple(self._buffers)
         self.bias = layer.bias if isinstance(layer, nn.Linear) else None
         self.by_words = kernel.name == "triton" and format == "pack-quantized"
