@@ -244,7 +244,7 @@ def compare(benchmark: Benchmark, options: argparse.Namespace, precision: str, d
 
 
 COLUMNS = [
-    ("strategy", text("strategy")),
+    ("path", text("path")),
     ("precision", text("precision")),
     ("loss differs by", significant("loss")),
     ("first loss equal", text("first_loss_equal")),

@@ -10,8 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Whoever holds a process group (FSDP's meshes do) keeps gloo's threads alive, and a thread that still runs when
-# Python takes the process down aborts it, now and then. What a script had to say is said by then.
-_END = "\nimport os, sys\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
+# Python takes the process down aborts it, now and then: also after an error. What a script had to say is said by then.
+_BEGIN = """import os, sys, traceback
+
+def _end(*error):
+    if error:
+        traceback.print_exception(*error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if error else 0)
+
+sys.excepthook = _end
+"""
+_END = "\n_end()\n"
 
 
 def start(script: str, directory: Path, ranks: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
@@ -22,7 +33,7 @@ def start(script: str, directory: Path, ranks: int = 2, **environment: str) -> l
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "rank.py"
-    file.write_text(script + _END)
+    file.write_text(_BEGIN + script + _END)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
