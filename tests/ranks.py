@@ -14,10 +14,10 @@ from pathlib import Path
 _BEGIN = """import os, sys, traceback
 
 def _end(*error):
-    if error:
-        traceback.print_exception(*error)
+    if error:  # torch.distributed's own hook calls this one with another sys.stderr
+        traceback.print_exception(*error, file=sys.__stderr__)
     sys.stdout.flush()
-    sys.stderr.flush()
+    sys.__stderr__.flush()
     os._exit(1 if error else 0)
 
 sys.excepthook = _end
