@@ -41,7 +41,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory}/config.json has no quantization_config: not a quantized checkpoint."
             )
-        self._files = _tensor_files(self.directory)
+        self._files = tensor_files(self.directory)
         try:
             dtype = DTYPES[self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"]
             self.format, groups = formats.declared(quantization, dtype)
@@ -210,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor. Every file is opened once, which finds truncated ones."""
     index_path = directory / "model.safetensors.index.json"
     weight_map = _read_json(index_path).get("weight_map", {}) if index_path.exists() else {}

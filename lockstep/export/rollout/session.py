@@ -185,7 +185,7 @@ class RolloutSession:
             raise
         self._audited = schemes
         self._version, self._sent, self._held = report.version, report.checksums, report.checksums
-        self._remember(self._history, report.version, report.checksums)
+        _remember(self._history, report.version, report.checksums)
         return report
 
     def verify(self) -> AuditReport:
@@ -356,7 +356,7 @@ class RolloutSession:
             configs = {} if plain else {"the exported config": quantization_config(model, served.format)}
             report = inspection.report(configs, checkpoint, stored, audit.architecture_problems(model, self.engine))
             if self.engine.version is not None:
-                self._remember(self._seen, self.engine.version, inspection.fingerprints)
+                _remember(self._seen, self.engine.version, inspection.fingerprints)
             return report
 
         served.agree(begin)
@@ -367,11 +367,6 @@ class RolloutSession:
         report = served.agree(conclude)
         assert report is not None
         return report
-
-    def _remember(self, of: dict[int, dict[str, int]], version: int, sums: dict[str, int]) -> None:
-        of[version] = sums
-        for old in sorted(of)[:-VERSIONS]:
-            del of[old]
 
 
 class _Served(NamedTuple):
@@ -501,6 +496,12 @@ class _Update:
 
 def _sentence(error: BaseException) -> str:
     return (str(error) or type(error).__name__).rstrip(".") + "."
+
+
+def _remember(of: dict[int, dict[str, int]], version: int, sums: dict[str, int]) -> None:
+    of[version] = sums
+    for old in sorted(of)[:-VERSIONS]:
+        del of[old]
 
 
 def _answers(engine: RolloutEngine) -> str:

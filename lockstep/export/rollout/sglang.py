@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.export.checkpoint import Checkpoint, _tensor_files
+from lockstep.export.checkpoint import Checkpoint, tensor_files
 from lockstep.export.rollout.engine import Completion, EngineUnusable, LiveLayer, Sampling, checksums_of
 from lockstep.export.rollout.sglang_server import Abilities, Http, InProcess, Server
 
@@ -71,7 +71,7 @@ class SGLangEngine:
             raise ValueError(
                 f"the server was started from {folder}, which is no folder here: give checkpoint=, the same folder."
             )
-        self._names = {name for name in _tensor_files(folder) if not name.endswith("inv_freq")}
+        self._names = {name for name in tensor_files(folder) if not name.endswith("inv_freq")}
         quantized = json.loads((folder / "config.json").read_text()).get("quantization_config")
         self.format: str | None = "plain"
         self.partial = not quantized
