@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lockstep.qat.learned import check_rule
+
 MEASURED = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 LEARNED = ".weight_scale"
 
@@ -35,7 +37,8 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
         Their keys; none if the model has no place for any.
 
     Raises:
-        ValueError: a measured scale that the model has is not there; one is no positive number, or of another shape.
+        ValueError: a measured scale that the model has is not there; one is no positive number, or of another shape;
+            learned scales are for another scale rule than the model's.
 
     Nothing is changed when it raises. Learned scales that are not there stay as they are.
     """
@@ -50,6 +53,9 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
         )
     scales = {}
     for key in (key for key in places if key in files):
+        if key.endswith(LEARNED):
+            layer = model.get_submodule(key.removesuffix(LEARNED))
+            check_rule(Path(folder), key, layer.scheme.weights)  # type: ignore[union-attr, arg-type]
         with safe_open(files[key], "pt") as file:
             scales[key] = file.get_tensor(key)
         found = scales[key]

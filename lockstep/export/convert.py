@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep import grid
-from lockstep.export import formats, hub
+from lockstep.export import card, formats, hub
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import EXPORTED, ExportError, check_destination, replacing
 from lockstep.export.legality import check_exportable, check_measured
@@ -145,7 +145,7 @@ def convert(
         raise ValueError(f"workers={workers}: at least 1.")
     source = Path(source)
     described = Path(config_from) if config_from is not None else source
-    stored = stored_tensors(source)
+    stored, trained = stored_tensors(source), _how_trained(source)
     model, loaded = skeleton(described, stored if source.is_dir() and described == source else None)
     if problem := other_class(model, described):
         raise ExportError(problem)
@@ -189,6 +189,14 @@ def convert(
         write_folder(model, incomplete, files, quantization_config(model, format), served)
         for name in shards:
             _link(partial / name, incomplete / name)
+        reasons = {row.name: row.reason for row in report.skipped}
+        card.write(
+            incomplete,
+            name=target.name,
+            base_model=str(getattr(model, "name_or_path", "")),
+            trained=trained,
+            reasons=reasons,
+        )
     # Not before the folder took its place: what stands in `incomplete` does not survive a kill.
     shutil.rmtree(partial, ignore_errors=True)
     read = sum(piece.source.bytes for piece in pieces)
@@ -244,6 +252,13 @@ def export_command(
         print(f"kept of an earlier run: {done.kept} tensors")
     print(f"written: {done.directory}, {_size(done.written)} from {_size(done.read)}")
     return 0
+
+
+def _how_trained(source: Path) -> str:
+    """What the masters tell of their training."""
+    state = source / "trainer_state.json"
+    steps = read_json(state).get("global_step") if state.is_file() else None
+    return f"The masters are those of step {steps} of a Hugging Face Trainer." if steps else ""
 
 
 def _size(bytes: int) -> str:
@@ -609,6 +624,10 @@ def _check_learned(name: str, scheme: Scheme, shape: tuple[int, ...], learnt: St
             f"{name}.{learned.KEY} is {dtype_name(learnt.dtype)} {list(learnt.shape)}, {scheme} has float32 "
             f"{list(wanted)}: it was learned with another scheme."
         )
+    try:
+        learned.check_rule(learnt.path.parent, f"{name}.{learned.KEY}", spec)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
 
 
 def _layout(name: str, scheme: Scheme, format: str, shape: tuple[int, ...]) -> tuple[Place, ...]:

@@ -15,7 +15,9 @@ weights' own rate they are destroyed within a few steps; an export refuses scale
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,22 @@ from lockstep.kernels import reference
 from lockstep.scheme import Scheme, TensorSpec
 
 KEY = "weight_scale"
+PTQ_REPORT = "ptq.json"  # which ``lockstep ptq`` writes beside its scales
+
+
+def check_rule(folder: Path, name: str, spec: TensorSpec) -> None:
+    """ValueError if ``lockstep ptq`` wrote the scales in `folder` for codes of another rule than that of `spec`.
+
+    Under "amax/7" the code -8, which llm-compressor uses, would become -7.
+    """
+    if not (folder / PTQ_REPORT).is_file():
+        return
+    rule = json.loads((folder / PTQ_REPORT).read_text(encoding="utf-8"))["rule"]["scale_rule"]
+    if rule != spec.scale_rule:
+        raise ValueError(
+            f"{name}: the scales in {folder} are for scale_rule {rule!r}, asked is {spec.scale_rule!r}. Give the "
+            f"scheme that {PTQ_REPORT} there has."
+        )
 
 
 def initial_scale(weight: Tensor, spec: TensorSpec) -> Tensor:
