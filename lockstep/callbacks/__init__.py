@@ -2,6 +2,15 @@
 
 from lockstep.callbacks.alignment import AlignmentCallback, AlignmentTrainerCallback
 from lockstep.callbacks.qat import QATCallback
+from lockstep.callbacks.spikes import LossSpikeCallback, LossSpikeError, LossSpikeTrainerCallback
 from lockstep.callbacks.trainer import QATTrainerCallback
 
-__all__ = ["AlignmentCallback", "AlignmentTrainerCallback", "QATCallback", "QATTrainerCallback"]
+__all__ = [
+    "AlignmentCallback",
+    "AlignmentTrainerCallback",
+    "LossSpikeCallback",
+    "LossSpikeError",
+    "LossSpikeTrainerCallback",
+    "QATCallback",
+    "QATTrainerCallback",
+]
