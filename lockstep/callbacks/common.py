@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lockstep.export.directory import ExportError
 from lockstep.export.gather import Unit, fsdp_units, gathered
 from lockstep.loading import load_scales, stored_scales
-from lockstep.qat import kv_cache, observers, statistics
+from lockstep.qat import kv_cache, observers, oscillation, statistics, warmup
 from lockstep.qat.experts import QATExperts, experts
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Observer, ObserverName
+from lockstep.qat.oscillation import Track
 from lockstep.qat.prepare import quantized_experts, quantized_modules
+from lockstep.qat.warmup import Schedule, Warmup
 from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
 # Why a callback refuses start_step.
@@ -27,10 +29,18 @@ LATE_START = (
 
 def stores_scales(scheme: Scheme | Sequence[Rule], cache: KVCacheSpec | None) -> bool:
     """Whether a model prepared so has measured ranges, of a layer's inputs or of its KV cache."""
-    rules = [Rule((), scheme)] if isinstance(scheme, Scheme) else scheme
-    schemes = [Scheme.of(rule.scheme) for rule in rules if rule.scheme is not None]
     static_cache = cache is not None and not cache.dynamic
-    return static_cache or any(one.activations is not None and one.activations.stores_scale for one in schemes)
+    return static_cache or any(one.activations and one.activations.stores_scale for one in _schemes(scheme))
+
+
+def served_dtype(scheme: Scheme | Sequence[Rule]) -> torch.dtype:
+    """What a model prepared so computes in when it is served, as far as its first quantized layer says."""
+    return next((one.weights.served_dtype for one in _schemes(scheme)), torch.bfloat16)
+
+
+def _schemes(scheme: Scheme | Sequence[Rule]) -> list[Scheme]:
+    rules = [Rule((), scheme)] if isinstance(scheme, Scheme) else scheme
+    return [Scheme.of(rule.scheme) for rule in rules if rule.scheme is not None]
 
 
 def read_scales(model: nn.Module) -> str:
@@ -64,6 +74,53 @@ def check_steps(calibration_steps: int, max_steps: int, export_dir: str | None) 
         )
 
 
+def how_trained(step: int, start_step: int, callback: object) -> str:
+    """What a model card says of a run that ended at optimizer step `step`."""
+    late = f", quantized from step {start_step:,} on" if start_step else ""
+    return f"{step:,} optimizer steps in all with {type(callback).__name__}{late}."
+
+
+def check_stability(planned: Warmup | None, dampening: float, learned_scales: bool) -> None:
+    """ValueError for what a callback cannot do with its arguments `warmup` and `dampening`."""
+    if planned is not None and learned_scales:
+        raise ValueError(
+            "warmup with learned_scales: the scales would start to learn before the forward uses them. Warm up without "
+            "them, or train them from the first step."
+        )
+    if not 0 <= dampening < float("inf"):
+        raise ValueError(f"dampening={dampening}: a strength of 0 or more.")
+
+
+def begin_warmup(
+    model: nn.Module, planned: Warmup | None, start_step: int, max_steps: int, export_dir: str | None
+) -> Schedule | None:
+    """The warm-up of a run of at most `max_steps` optimizer steps (negative: unknown), before its first step.
+
+    Raises:
+        ValueError: see `lockstep.qat.warmup.Schedule`.
+        ExportError: the run ends within it, and is to be exported.
+    """
+    warmup.stop(model)  # what an interrupted run has left
+    if export_dir is not None and max_steps >= 0:
+        check_warm(planned, start_step, max_steps)
+    return None if planned is None else Schedule(model, planned)
+
+
+def check_warm(planned: Warmup | None, start_step: int, step: int) -> None:
+    """ExportError if a run that ends at `step` has had no step after its warm-up."""
+    if planned is not None and step <= start_step + planned.steps:
+        raise ExportError(
+            f"nothing trained as it is served: training ends at step {step}, within warmup.steps={planned.steps}"
+            f"{f' from start_step={start_step}' if start_step else ''}."
+        )
+
+
+def dampen(model: nn.Module, strength: float, step: int, steps: float, optimizer: Any) -> None:
+    """Add the dampening of `step` of `steps` to the gradients of the weights that `optimizer` trains."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    oscillation.dampen(model, oscillation.risen(strength, step, steps), parameters)
+
+
 def observing(model: nn.Module) -> dict[str, Observer]:
     """All that measure now, by names that a resumed run has too."""
     layers = {f"{name}.input": layer.observer for name, layer in quantized_modules(model) if layer.observer}
@@ -95,25 +152,25 @@ def prepared_modules(model: nn.Module) -> dict[str, QATLinear | QATExperts]:
 
 
 def layer_statistics(
-    model: nn.Module, earlier: Mapping[str, Tensor], compute: bool = True, units: Mapping[int, Unit] | None = None
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+    model: nn.Module, earlier: Mapping[str, Track], compute: bool = True, units: Mapping[int, Unit] | None = None
+) -> tuple[dict[str, float], dict[str, Track]]:
     """How well each quantized layer sits on its grid, and the codes to compare with the next time.
 
     Of a sharded model all ranks must call this; one module is whole at a time.
 
     Args:
         model: a prepared model, or its wrapper.
-        earlier: the codes of the last time, by layer, or nothing.
+        earlier: what it returned the last time, by layer, or nothing.
         compute: False on ranks that only take part.
         units: see `lockstep.export.gather.fsdp_units`; by default those within `model`.
 
     Returns:
-        ``qat/sqnr_db/NAME``, ``qat/saturation/NAME`` and, where there are `earlier` codes, ``qat/code_flips/NAME``,
-        with the mean over the modules as NAME ``mean``; and the codes, int8 on the host. Of experts, a module's are
-        averaged.
+        ``qat/sqnr_db/NAME``, ``qat/saturation/NAME``, where there are `earlier` codes ``qat/code_flips/NAME``, and from
+        the third time on ``qat/oscillation/NAME``, with the mean over the modules as NAME ``mean``; and the codes, on
+        the host. Of experts, a module's are averaged.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    codes: dict[str, Tensor] = {}
+    tracks: dict[str, Track] = {}
     units = fsdp_units(model) if units is None else units
     for name, module in prepared_modules(model).items():
         with gathered(getattr(module, "fused", ()) or (module,), units):
@@ -121,13 +178,16 @@ def layer_statistics(
                 continue
             for layer in experts(module) if isinstance(module, QATExperts) else (module,):
                 spec, quantized, key = layer.scheme.weights, layer.quantize(), layer.qualified_name
-                codes[key] = quantized.codes.view(torch.int8).cpu()
+                before = earlier.get(key)
+                now = tracks[key] = oscillation.follow(quantized.codes, before)
                 values = {
                     "sqnr_db": statistics.sqnr_db(layer.weight, quantized, spec),
                     "saturation": statistics.saturation(quantized, spec),
                 }
-                if key in earlier:
-                    values["code_flips"] = statistics.code_flips(codes[key], earlier[key])
+                if before is not None:
+                    values["code_flips"] = statistics.code_flips(now.codes, before.codes)
+                if before is not None and before.direction is not None:
+                    values["oscillation"] = oscillation.oscillation(now, before, spec.code_dtype)
                 for kind, value in values.items():
                     found.setdefault(kind, {}).setdefault(name, []).append(value)
     metrics: dict[str, float] = {}
@@ -135,4 +195,4 @@ def layer_statistics(
         means = {name: sum(values) / len(values) for name, values in by_module.items()}
         metrics |= {f"qat/{kind}/{name}": value for name, value in means.items()}
         metrics[f"qat/{kind}/mean"] = sum(means.values()) / len(means)
-    return metrics, codes
+    return metrics, tracks

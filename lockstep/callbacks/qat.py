@@ -16,11 +16,14 @@ from lockstep.export.directory import ExportError, check_destination
 from lockstep.export.gather import fsdp_units, outermost_gathered, ranks_of
 from lockstep.export.legality import check_exportable
 from lockstep.export.save import save_pretrained
-from lockstep.qat import kv_cache, observers
+from lockstep.qat import kv_cache, observers, oscillation
+from lockstep.qat.distill import Distillation, Teacher
 from lockstep.qat.kv_cache import prepare_kv_cache, spec_of, unprepare_kv_cache
 from lockstep.qat.observers import ObserverName
+from lockstep.qat.oscillation import Track
 from lockstep.qat.prepare import PrepareReport, prepare, unprepare, unwrapped
 from lockstep.qat.reuse import Reuse
+from lockstep.qat.warmup import Schedule, Warmup
 from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
 
@@ -40,8 +43,9 @@ class QATCallback(Callback):
 
     Every `log_every_n_steps` optimizer steps it logs, for each layer and as ``mean`` over them:
     ``qat/sqnr_db/NAME`` (signal-to-quantization-noise ratio of the weight), ``qat/saturation/NAME`` (share of codes at
-    the ends of the range) and, from the second time on, ``qat/code_flips/NAME`` (share of codes that changed since).
-    The codes of the last time are kept on the host, a byte for each weight.
+    the ends of the range), from the second time on ``qat/code_flips/NAME`` (share of codes that changed since), and
+    from the third on ``qat/oscillation/NAME`` (share that changed back: see `lockstep.qat.oscillation`). The codes of
+    the last time and the direction of their last change are kept on the host, two bytes for each weight.
 
     Args:
         scheme: a preset's name, a `Scheme`, or a recipe: a list of `lockstep.Rule`.
@@ -63,6 +67,12 @@ class QATCallback(Callback):
             frozen, the same on all ranks. 0: they are in the model's folder or in the checkpoint that is resumed. A run
             that resumes within these steps goes on measuring.
         observer: what becomes the range: see `lockstep.qat.observers`.
+        teacher: the model before quantization, or its folder, to learn from: see `lockstep.qat.distill.Teacher`. The
+            loss that the model trains on is then a mixture of its divergence from the teacher and of cross-entropy, and
+            ``qat/kl`` and ``qat/cross_entropy`` are logged too, in nats per token. None: cross-entropy alone.
+        warmup: how training goes over to the grid, from `start_step` on: see `lockstep.qat.warmup`. None: at once.
+        dampening: strength of a pull of each weight to the middle of its bin, see `lockstep.qat.oscillation`; it rises
+            to this by half a cosine over the run. Added to the gradients before they are clipped.
 
     Raises:
         ValueError, TypeError: see `lockstep.prepare`, at the start of the run.
@@ -85,6 +95,9 @@ class QATCallback(Callback):
         kv_cache: str | KVCacheSpec | None = None,
         calibration_steps: int = 0,
         observer: ObserverName = "minmax",
+        teacher: Teacher | None = None,
+        warmup: Warmup | None = None,
+        dampening: float = 0.0,
     ) -> None:
         self.scheme = scheme if isinstance(scheme, list) else Scheme.of(scheme)
         self.targets = targets
@@ -100,13 +113,19 @@ class QATCallback(Callback):
         self.kv_cache = None if kv_cache is None else spec_of(kv_cache)
         self.calibration_steps = calibration_steps
         self.observer: ObserverName = observer
+        self.teacher = teacher
+        self._distillation: Distillation | None = None
+        self.warmup = warmup
+        self.dampening = dampening
+        common.check_stability(warmup, dampening, learned_scales)
+        self._warming: Schedule | None = None
         self._resumed: dict[str, dict[str, Tensor]] | None = None
         self._before_validation: dict[str, dict[str, Tensor]] = {}
         if start_step and (learned_scales or calibration_steps or common.stores_scales(self.scheme, self.kv_cache)):
             raise ValueError(common.LATE_START.format(start_step=start_step))
         self._quantized = False
         self._logged_step = 0
-        self._logged_codes: dict[str, Tensor] = {}
+        self._logged_codes: dict[str, Track] = {}
         self._rotary: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -122,8 +141,9 @@ class QATCallback(Callback):
         pl_module.configure_model = configure_and_prepare  # type: ignore[method-assign]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the arrangement of `setup` back if the run ended before it was used."""
+        """Take the arrangement of `setup` back if the run ended before it was used, and the teacher away."""
         vars(pl_module).pop("configure_model", None)
+        self._dismiss_teacher()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undo what ``bf16-true`` did to the rotary frequencies."""
@@ -134,10 +154,37 @@ class QATCallback(Callback):
         self._logged_step = trainer.global_step
         kv_cache.kv_cache_spec(served_model(pl_module))  # refuses attention that was switched since
         self._calibrate(trainer, served_model(pl_module))
+        if self.dampening and trainer.estimated_stepping_batches == float("inf"):
+            raise ValueError("dampening rises over the run, and this one has no end: give max_steps or max_epochs.")
+        if self.teacher is not None:
+            where, dtype = trainer.strategy.root_device, common.served_dtype(self.scheme)
+            self._distillation = Distillation(self.teacher, served_model(pl_module), where, dtype)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """See that the teacher has a part in the first step, and dampen: whole gradients, unscaled, not clipped yet."""
+        if self._distillation is not None:
+            self._distillation.check_backward()
+        if not self.dampening or not self._quantized:
+            return
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and getattr(trainer.precision_plugin, "scaler", 0):
+            raise ValueError(
+                f"dampening: {type(optimizer).__name__} with fused=True unscales the gradients of 16-mixed in its own "
+                "step, which is after this. Leave fused out."
+            )
+        step, steps = trainer.global_step - self.start_step, trainer.estimated_stepping_batches - self.start_step
+        common.dampen(served_model(pl_module), self.dampening, step, steps, optimizer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the teacher away."""
+        self._dismiss_teacher()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch the layers when training reaches `start_step`."""
+        """Switch the layers when training reaches `start_step`, and let them warm up."""
         self._follow_schedule(trainer, pl_module)
+        if self._quantized and self._warming and not self._warming.follow(trainer.global_step - self.start_step):
+            self._warming = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate with the layers as they train, in the sanity check of a resumed run too."""
@@ -168,10 +215,14 @@ class QATCallback(Callback):
         if not self.log_every_n_steps or step % self.log_every_n_steps or step == self._logged_step:
             return
         self._logged_step = step
+        metrics: dict[str, float] = {}
         if self._quantized:
             model, units = served_model(pl_module), fsdp_units(trainer.strategy.model or pl_module)
             own, self._logged_codes = common.layer_statistics(model, self._logged_codes, trainer.is_global_zero, units)
             metrics = trainer.strategy.broadcast(own)
+        if self._distillation is not None:
+            metrics |= self._distillation.metrics()
+        if metrics:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -198,6 +249,7 @@ class QATCallback(Callback):
                 f"the ranges of inputs, keys and values are still being measured: training ended at step "
                 f"{trainer.global_step}, with calibration_steps={self.calibration_steps}."
             )
+        common.check_warm(self.warmup, self.start_step, trainer.global_step)
         with outermost_gathered(trainer.strategy.model):
             self._export(trainer, pl_module)
         trainer.strategy.barrier("lockstep.export")
@@ -208,7 +260,14 @@ class QATCallback(Callback):
         model = served_model(pl_module)
         if trainer.is_global_zero or ranks_of(model) is not None:
             tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            save_pretrained(model, self.export_dir, self.export_format, tokenizer=tokenizer, overwrite=self.overwrite)
+            save_pretrained(
+                model,
+                self.export_dir,
+                self.export_format,
+                tokenizer=tokenizer,
+                overwrite=self.overwrite,
+                trained=common.how_trained(trainer.global_step, self.start_step, self),
+            )
             as_what = f" as {self.export_format}" if self.export_format else ""
             rank_zero_info(f"exported to {self.export_dir}{as_what}, every layer checked bit for bit")
 
@@ -228,10 +287,19 @@ class QATCallback(Callback):
             if self.calibration_steps:
                 common.observe(model, self.observer, self.calibration_steps)
             common.check_steps(self.calibration_steps, trainer.max_steps, self.export_dir)
+            limits = (self.start_step, trainer.max_steps, self.export_dir)
+            self._warming = common.begin_warmup(model, self.warmup, *limits)
+            if self.dampening:
+                oscillation.check_dampening(model)
             if self.export_dir is not None:
                 check_destination(self.export_dir, self.overwrite)
                 check_exportable(model, self.export_format)
         self._quantized = True
+
+    def _dismiss_teacher(self) -> None:
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._distillation = None
 
     def _restore_rotary(self, pl_module: LightningModule) -> None:
         """Engines compute rotary frequencies in fp32; Lightning's ``bf16-true`` rounds every buffer of the model."""

@@ -18,12 +18,15 @@ from lockstep.export.directory import ExportError, check_destination
 from lockstep.export.gather import ranks_of
 from lockstep.export.legality import check_exportable
 from lockstep.export.save import save_pretrained
-from lockstep.qat import learned, observers
+from lockstep.qat import learned, observers, oscillation
+from lockstep.qat.distill import METRICS, Distillation, Teacher
 from lockstep.qat.kv_cache import kv_cache_spec, prepare_kv_cache, spec_of, unprepare_kv_cache
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import ObserverName
+from lockstep.qat.oscillation import Track
 from lockstep.qat.prepare import prepare, quantized_modules, unprepare, unwrapped
 from lockstep.qat.reuse import Reuse
+from lockstep.qat.warmup import Schedule, Warmup
 from lockstep.scheme import KVCacheSpec, Rule, Scheme
 
 STATE = "lockstep"  # the key in ``trainer_state.json``
@@ -41,9 +44,9 @@ class QATTrainerCallback(TrainerCallback):
     first step.
 
     Every `log_every_n_steps` optimizer steps the trainer logs, for each layer and as ``mean`` over them:
-    ``qat/sqnr_db/NAME``, ``qat/saturation/NAME`` and, from the second time on, ``qat/code_flips/NAME``, as
-    `lockstep.callbacks.QATCallback` does. All of them stand in ``trainer.state.log_history``; callbacks after this one
-    see the means.
+    ``qat/sqnr_db/NAME``, ``qat/saturation/NAME``, from the second time on ``qat/code_flips/NAME`` and from the third on
+    ``qat/oscillation/NAME``, as `lockstep.callbacks.QATCallback` does. All of them stand in
+    ``trainer.state.log_history``; callbacks after this one see the means.
 
     Args:
         scheme: a preset's name, a `Scheme`, or a recipe: a list of `lockstep.Rule`.
@@ -65,6 +68,12 @@ class QATTrainerCallback(TrainerCallback):
             frozen, the same on all ranks. 0: they are in the model's folder or in the checkpoint that is resumed. A run
             that resumes within these steps goes on measuring.
         observer: what becomes the range: see `lockstep.qat.observers`.
+        teacher: the model before quantization, or its folder, to learn from: see `lockstep.qat.distill.Teacher`. The
+            loss that the model trains on is then a mixture of its divergence from the teacher and of cross-entropy, and
+            ``qat/kl`` and ``qat/cross_entropy`` are logged too, in nats per token. None: cross-entropy alone.
+        warmup: how training goes over to the grid, from `start_step` on: see `lockstep.qat.warmup`. None: at once.
+        dampening: strength of a pull of each weight to the middle of its bin, see `lockstep.qat.oscillation`; it rises
+            to this by half a cosine over the run. Added to the gradients after they are clipped.
 
     Raises:
         ValueError, TypeError: see `lockstep.prepare`, when the trainer is made; what the docs page says, before the
@@ -88,6 +97,9 @@ class QATTrainerCallback(TrainerCallback):
         kv_cache: str | KVCacheSpec | None = None,
         calibration_steps: int = 0,
         observer: ObserverName = "minmax",
+        teacher: Teacher | None = None,
+        warmup: Warmup | None = None,
+        dampening: float = 0.0,
     ) -> None:
         self.scheme = scheme if isinstance(scheme, list) else Scheme.of(scheme)
         self.targets = targets
@@ -103,13 +115,19 @@ class QATTrainerCallback(TrainerCallback):
         self.kv_cache = None if kv_cache is None else spec_of(kv_cache)
         self.calibration_steps = calibration_steps
         self.observer: ObserverName = observer
+        self.teacher = teacher
+        self._distillation: Distillation | None = None
+        self.warmup = warmup
+        self.dampening = dampening
+        common.check_stability(warmup, dampening, learned_scales)
+        self._warming: Schedule | None = None
         if start_step and (learned_scales or calibration_steps or common.stores_scales(self.scheme, self.kv_cache)):
             raise ValueError(common.LATE_START.format(start_step=start_step))
         self._acted = False
         self._quantized = False
         self._head: tuple[str, list[bool], Any] | None = None
         self._measured: dict[str, dict[str, Tensor]] = {}  # by the observers, up to the last optimizer step
-        self._codes: dict[str, Tensor] = {}
+        self._codes: dict[str, Track] = {}
         self._statistics: dict[str, float] = {}
 
     # Before the first step --------------------------------------------------------------------------------------------
@@ -146,26 +164,41 @@ class QATTrainerCallback(TrainerCallback):
             check_destination(self.export_dir, self.overwrite)
             check_exportable(kwargs["model"], self.export_format)
         self._codes, self._statistics = {}, {}
+        limits = (self.start_step, state.max_steps, self.export_dir)
+        self._warming = common.begin_warmup(model, self.warmup, *limits)
+        if self.dampening:
+            _check_gradients(args)
+            oscillation.check_dampening(model)
         self._calibrate_from(model, state)
         if state.global_step < self.start_step:
             unprepare(model)
             unprepare_kv_cache(model)
             self._quantized = False
+        self._dismiss_teacher()  # of an interrupted run, of whose end the trainer tells no callback
+        if self.teacher is not None:
+            self._distillation = Distillation(self.teacher, model, args.device, common.served_dtype(self.scheme))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first step changes a weight: see that the loss came through the quantized head, if it is."""
+        """See that the loss came from the teacher and the quantized head, and add the dampening to the gradients."""
+        if self._distillation is not None:
+            self._distillation.check_backward()
         self._check_head()
+        if self.dampening and self._quantized:
+            step, steps = state.global_step - self.start_step, state.max_steps - self.start_step
+            common.dampen(unwrapped(kwargs["model"]), self.dampening, step, steps, kwargs["optimizer"])
 
     # At each step -----------------------------------------------------------------------------------------------------
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what observers saw of evaluations: which of them a resumed run repeats must not show in its ranges."""
+        """Forget what observers saw of evaluations, which a resumed run may repeat, and let the layers warm up."""
         for name, observer in common.observing(unwrapped(kwargs["model"])).items():
             observer.load_state_dict(self._measured[name])
+        if self._quantized and self._warming and not self._warming.follow(state.global_step - self.start_step):
+            self._warming = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Switch the layers at `start_step`, freeze ranges that are measured, and have the statistics logged."""
@@ -174,11 +207,16 @@ class QATTrainerCallback(TrainerCallback):
             self._prepare(model, args, state)
         self._calibrate(model, state)
         self._note_observers(model, args, state, control)
-        if self.log_every_n_steps and state.global_step % self.log_every_n_steps == 0 and self._quantized:
+        if not self.log_every_n_steps or state.global_step % self.log_every_n_steps:
+            return
+        if self._quantized:
             if state.is_world_process_zero or ranks_of(kwargs["model"]) is not None:
                 found = common.layer_statistics(kwargs["model"], self._codes, state.is_world_process_zero)
                 self._statistics, self._codes = found
             control.should_log = True  # on all ranks: the trainer gathers the loss
+        if self._distillation is not None:
+            self._statistics |= self._distillation.metrics()
+            control.should_log = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -190,7 +228,7 @@ class QATTrainerCallback(TrainerCallback):
         """Put the statistics into the trainer's own record of this step, and their means before later callbacks."""
         if self._statistics:
             state.log_history[-1].update(self._statistics)
-            means = {name: value for name, value in self._statistics.items() if name.endswith("/mean")}
+            means = {name: value for name, value in self._statistics.items() if name.endswith(("/mean", *METRICS))}
             kwargs["logs"].update(means)
             self._statistics = {}
 
@@ -212,6 +250,7 @@ class QATTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Export, after the trainer has written its own checkpoints and loaded the best if it was asked to."""
+        self._dismiss_teacher()
         model = unwrapped(kwargs["model"])
         if self.export_dir is None:
             return
@@ -227,6 +266,7 @@ class QATTrainerCallback(TrainerCallback):
                 f"the ranges of inputs, keys and values are still being measured: training ended at step {step}, with "
                 f"calibration_steps={self.calibration_steps}."
             )
+        common.check_warm(self.warmup, self.start_step, step)
         if state.is_world_process_zero or ranks_of(kwargs["model"]) is not None:
             save_pretrained(
                 kwargs["model"],
@@ -234,6 +274,7 @@ class QATTrainerCallback(TrainerCallback):
                 self.export_format,
                 tokenizer=kwargs.get("processing_class"),
                 overwrite=self.overwrite,
+                trained=common.how_trained(step, self.start_step, self),
             )
         if state.is_world_process_zero:
             as_what = f" as {self.export_format}" if self.export_format else ""
@@ -301,6 +342,11 @@ class QATTrainerCallback(TrainerCallback):
             packed = _packed(observers.states(watching))
             _kept(state)[STATE] = {"step": state.global_step, "observers": packed}
 
+    def _dismiss_teacher(self) -> None:
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._distillation = None
+
     def _watch_head(self, model: Any) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if self._head is not None:
@@ -355,6 +401,14 @@ def _check_trained(model: nn.Module, optimizer: Any) -> None:
             f"{problems[0]}. Learned scales need a group of their own, without weight decay and with a learning rate "
             "in proportion to them, which the trainer's own optimizer has not. Call lockstep.prepare(model, ..., "
             "learned_scales=True), make the optimizer then, and pass Trainer(optimizers=(optimizer, None))."
+        )
+
+
+def _check_gradients(args: TrainingArguments) -> None:
+    if args.fp16 and not args.max_grad_norm:
+        raise ValueError(
+            "dampening with fp16 and max_grad_norm=0: the trainer would hand over gradients that are still scaled. Set "
+            "max_grad_norm, which has them unscaled first."
         )
 
 

@@ -35,6 +35,13 @@ class Watcher(Protocol):
         """Take one input into account."""
 
 
+class Warming(Protocol):
+    """How a layer computes in training until it is as served: see `lockstep.qat.warmup`."""
+
+    def __call__(self, layer: QATLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output ``[..., N]`` for inputs `x` ``[..., K]``, both and `bias` in the dtype to compute in."""
+
+
 class QATLinear(nn.Linear):
     """An ``nn.Linear`` that `lockstep.prepare` has switched to quantization-aware training.
 
@@ -45,7 +52,8 @@ class QATLinear(nn.Linear):
     `scheme` says what the weights and inputs become; `qualified_name` is for error messages; `kept` holds the quantized
     weight between passes where `prepare` was told to reuse it, else None; `fused` are the layers, itself included, that
     engines run as one with it and that share what is scaled by the tensor; `shared_input` holds the codes of an input
-    for those of them that see it next; while `observer` is set, it sees the inputs and they are not quantized.
+    for those of them that see it next; while `observer` is set, it sees the inputs and they are not quantized;
+    while `warmup` is set, it computes the layer in train mode and wherever gradients are computed.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's.
 
@@ -60,6 +68,7 @@ class QATLinear(nn.Linear):
     fused: tuple[QATLinear, ...] = ()
     shared_input: SharedInput | None = None
     observer: Watcher | None = None
+    warmup: Warming | None = None
     fp8_input_gradient: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
@@ -74,6 +83,9 @@ class QATLinear(nn.Linear):
         x, bias = input.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if self.observer is not None:
             self.observer.update(input.detach())
+        # An activation checkpoint runs without gradients first; a model from transformers may train in eval mode.
+        if self.warmup is not None and (self.training or torch.is_grad_enabled()):
+            return self.warmup(self, x, bias)
         if learned.KEY in self._parameters:
             return self._forward_learned(x, bias)
         if self.observer is not None:

@@ -217,6 +217,7 @@ def unprepare(model: nn.Module) -> None:
             "fused",
             "shared_input",
             "observer",
+            "warmup",
             "fp8_input_gradient",
             "_seen",
         ):
