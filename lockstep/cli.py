@@ -1,6 +1,7 @@
 """The command line.
 
-``lockstep fit | validate | test | predict | align | calibrate | export | inspect | sensitivity | plan | kernels``.
+``lockstep fit | validate | test | predict | align | calibrate | export | inspect | sensitivity | plan | report |
+kernels``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main(args: Sequence[str] | None = None) -> int:
     from lockstep.export.convert import export_command
     from lockstep.inspect import inspect_command
     from lockstep.plan import plan_command
+    from lockstep.ptq.command import ptq_command
+    from lockstep.report import report_command
     from lockstep.sensitivity import sensitivity_command
 
     functions: dict[str, Callable[..., int]] = {
@@ -39,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
         "inspect": inspect_command,
         "kernels": kernels,
         "plan": plan_command,
+        "ptq": ptq_command,
+        "report": report_command,
         "sensitivity": sensitivity_command,
     }
     if command not in functions:
@@ -48,8 +53,10 @@ def main(args: Sequence[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     try:
+        if command == "report":  # of several RUNS, which auto_cli would take as one word
+            return report_command(words[1:])
         return auto_cli(functions[command], args=words[1:], as_positional=True, prog=f"lockstep {command}")
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {message}", markup=False, highlight=False)
         return 2
@@ -170,8 +177,10 @@ _USAGE = """usage: lockstep COMMAND ...
   calibrate MODEL OUT               measure the input ranges of a model, for schemes that store them
   export MODEL OUT                  masters on disk to a served folder, without the model in memory
   inspect MODEL                     what a folder is, what engines do with it; exits with 1 for problems
+  ptq MODEL OUT                     quantize after training: gptq, awq, smoothquant, hqq, mse and others
   sensitivity MODEL                 what each scheme costs each layer, and a recipe for a budget of bytes
   plan MODEL                        what serving and training take of memory, and which GPUs fit
+  report RUNS...                    one page about runs: what won, at what size and cost; 1 for damaged files
   kernels                           every registered kernel, and why it can or cannot run here
 
 lockstep COMMAND --help tells the rest."""

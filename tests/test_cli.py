@@ -32,7 +32,7 @@ RECIPE, FP8_RECIPE = (Path(lockstep.recipes.__file__).with_name(f"{name}_qat.yam
 LAYER = "model.layers.0.mlp.down_proj"
 COMMANDS = (
     *("fit", "validate", "test", "predict", "align", "calibrate", "export", "inspect", "sensitivity", "plan"),
-    "kernels",
+    *("kernels", "ptq", "report"),
 )
 
 
@@ -674,6 +674,8 @@ EXPLAINED = {
     "sensitivity": "budget",
     "plan": "context",
     "kernels": "device",
+    "ptq": "smoothquant",
+    "report": "runs",
     "fit": "--config",
 }
 

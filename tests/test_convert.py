@@ -204,6 +204,7 @@ def test_small_files_come_along_and_weights_of_other_kinds_do_not(tmp_path):
         "model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
+        "README.md",
     }
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -342,6 +342,7 @@ def test_shards_hold_every_tensor_once_and_agree_with_their_index(tmp_path):
     assert all(size <= limit or len(shards[file]) == 1 for file, size in sizes.items())
 
     assert {path.name for path in out.iterdir()} - shards.keys() == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors.index.json",

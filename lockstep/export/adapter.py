@@ -16,7 +16,7 @@ from lockstep.export import formats, hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.directory import ExportError, replacing
 from lockstep.export.legality import check_exportable, check_measured
-from lockstep.export.save import Shards, checked, parse_bytes, quantization_entry, write_folder
+from lockstep.export.save import Shards, checked, parse_bytes, quantization_entry, write_card, write_folder
 from lockstep.export.served import (
     kv_cache_scheme,
     quantized_layers,
@@ -149,6 +149,7 @@ def save_frozen(
             shards.add(name, tensor)
         served = next(iter(layers.values())).scheme.weights.served_dtype
         write_folder(model, incomplete, shards.written(), _quantization_config(model, layers), served, tokenizer)
+        write_card(model, incomplete, directory)
     return Path(directory).absolute()
 
 

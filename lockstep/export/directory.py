@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 EXPORTED = {".json", ".safetensors", ".txt", ".model", ".jinja"}  # what checkpoints and tokenizers consist of
+CARD = "README.md"
+_SEAL = re.compile(r"\n<!-- written by lockstep, sha256 of what stands above: ([0-9a-f]{64}) -->\n\Z")
 
 
 class ExportError(RuntimeError):
@@ -39,11 +43,32 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
             )
         if not _is_export(target):
             raise ExportError(f"{target} is not empty and no Lockstep export: overwrite=True replaces nothing else.")
-        if foreign := [path.name for path in target.iterdir() if path.is_dir() or path.suffix not in EXPORTED]:
+        foreign = [path.name for path in target.iterdir() if path.is_dir() or path.suffix not in EXPORTED]
+        if CARD in foreign and is_sealed(target / CARD):
+            foreign.remove(CARD)
+        elif CARD in foreign:
+            raise ExportError(
+                f"{target} holds a {CARD} that no export wrote, or that was edited since: overwrite=True would delete "
+                "it. Move it away."
+            )
+        if foreign:
             raise ExportError(
                 f"{target} also holds {foreign[0]}, which is no part of an export: overwrite=True would delete it."
             )
     return target
+
+
+def sealed(text: str) -> str:
+    """`text` with a last line by which `is_sealed` knows that nobody has changed it since."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- written by lockstep, sha256 of what stands above: {digest} -->\n"
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `path` is a file that is as `sealed` made it. OSError if it cannot be read."""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    seal = _SEAL.search(text)
+    return seal is not None and hashlib.sha256(text[: seal.start()].encode()).hexdigest() == seal[1]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lockstep import grid, kernels
-from lockstep.export import formats, hub
+from lockstep.export import card, formats, hub
 from lockstep.export.arriving import arriving
 from lockstep.export.checkpoint import bitwise_equal, same_bits
 from lockstep.export.directory import ExportError, replacing
@@ -111,8 +111,9 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    trained: str = "",
 ) -> Path:
-    """Save a prepared `model` as a folder for vLLM, SGLang or transformers: weights, configs and tokenizer.
+    """Save a prepared `model` as a folder for vLLM, SGLang or transformers: weights, configs, tokenizer, model card.
 
     The folder appears whole or not at all. The model is left as it was. Of a sharded model all ranks must call this:
     layers are gathered one at a time and written by the ranks in turn, each into files of its own, if it sees the
@@ -127,7 +128,8 @@ def save_pretrained(
             is one of compressed-tensors'. Several schemes in one model are stored so alone.
         tokenizer: anything with ``save_pretrained``. Engines need it in the folder.
         max_shard_size: bytes, or a string such as ``"500MB"`` (decimal units). The memory used is about one shard.
-        overwrite: replace an earlier export.
+        overwrite: replace an earlier export. A README.md in it that somebody has written or edited is an error.
+        trained: sentences for the model card on how it was trained, see `lockstep.export.card`.
 
     Returns:
         The directory's absolute path.
@@ -144,14 +146,20 @@ def save_pretrained(
             )
         ranks = ranks_of(served)
         if ranks is None:
-            _save_whole(served, directory, format, tokenizer, limit, overwrite)
+            _save_whole(served, directory, format, tokenizer, limit, overwrite, trained)
         else:
-            _save_sharded(served, directory, format, tokenizer, limit, overwrite, ranks)
+            _save_sharded(served, directory, format, tokenizer, limit, overwrite, trained, ranks)
     return Path(directory).absolute()
 
 
 def _save_whole(
-    model: nn.Module, directory: str | Path, format: str | None, tokenizer: Any, limit: int, overwrite: bool
+    model: nn.Module,
+    directory: str | Path,
+    format: str | None,
+    tokenizer: Any,
+    limit: int,
+    overwrite: bool,
+    trained: str,
 ) -> None:
     """`save_pretrained` of a model that is whole in this process."""
     check_exportable(model, format)
@@ -161,6 +169,7 @@ def _save_whole(
         for name, tensor in stream(model, format):
             shards.add(name, tensor)
         _finish(model, incomplete, shards.written(), format, tokenizer)
+        write_card(model, incomplete, directory, trained)
 
 
 def quantization_config(model: nn.Module, format: str | None = None) -> dict[str, Any]:
@@ -345,6 +354,7 @@ def _save_sharded(
     tokenizer: Any,
     limit: int,
     overwrite: bool,
+    trained: str,
     ranks: dist.ProcessGroup,
 ) -> None:
     """`save_pretrained` of a model that is sharded over `ranks`, all of which call this."""
@@ -381,6 +391,7 @@ def _save_sharded(
             if rank == 0:
                 token.unlink()
                 _finish(model, token.parent, everything, format, tokenizer)
+                write_card(model, token.parent, directory, trained)
                 stack.close()
 
         everything = [shard for one in together(written, ranks) for shard in one]
@@ -594,6 +605,12 @@ def _finish(model: nn.Module, directory: Path, shards: list[Shard], format: str 
     with without_wrappers(model):
         served = next(iter(quantized_layers(model).values())).scheme.weights.served_dtype
     write_folder(model, directory, shards, quantization_config(model, format), served, tokenizer)
+
+
+def write_card(model: nn.Module, written: Path, directory: str | Path, trained: str = "") -> None:
+    """The card of the export in `written`, which is to be called `directory`."""
+    base = str(getattr(unwrapped(model), "name_or_path", ""))
+    card.write(written, name=Path(directory).absolute().name, base_model=base, trained=trained)
 
 
 def write_folder(

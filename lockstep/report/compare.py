@@ -1,0 +1,302 @@
+"""What a study's rows say beside one another: means and spreads over seeds, against baselines, and in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from lockstep.export.card import MIB
+from lockstep.report.sources import Curve, Found, Row, Study
+
+CLOSE = 1.0  # percent of perplexity over bf16 up to which a model counts as "nearly as good"
+MEASURED = ("perplexity", "accuracy", "agreement", "kl", "exact_line", "parses", "served_perplexity")
+PER_RUN = ("weight_bytes", "bits_per_weight", "train_seconds", "train_tokens")
+LOSSES = ("train/loss", "train_loss", "train_loss_step", "loss")
+VALIDATION = ("val/loss", "val_loss", "eval/loss", "eval_loss")
+PERPLEXITIES = ("val/perplexity", "val_perplexity", "eval/perplexity", "eval_perplexity", "perplexity")
+
+
+class Spread(NamedTuple):
+    """Mean over the seeds, and the standard deviation of a sample; None for a single seed."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """None if nothing was measured."""
+        known = [value for value in values if value is not None]
+        return cls(mean(known), stdev(known) if len(known) > 1 else None) if known else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """All seeds of a row's label.
+
+    `values` holds `MEASURED` and `PER_RUN`, and what follows from them, each paired by seed where both have it:
+    ``increase`` of the perplexity over bf16 with the same tokens in %, ``won_back`` of what rounding to nearest loses
+    in %, ``cost`` of a training token's time over plain fine-tuning's.
+    """
+
+    label: str
+    scheme: str
+    method: str
+    format: str
+    baseline: str | None
+    seeds: tuple[int, ...]
+    values: dict[str, Spread]
+
+    def mean(self, name: str) -> float | None:
+        return self.values[name].mean if name in self.values else None
+
+
+def lines(study: Study) -> list[Line]:
+    """The rows of `study` by label, in its order."""
+    by_label: dict[str, list[Row]] = {}
+    for row in study.rows:
+        by_label.setdefault(row.label, []).append(row)
+    return [_line(rows, study.rows) for rows in by_label.values()]
+
+
+def _line(rows: Sequence[Row], every: Sequence[Row]) -> Line:
+    first = rows[0]
+    derived: dict[str, Callable[[Row], float | None]] = {
+        "increase": lambda row: _increase(row, every),
+        "won_back": lambda row: _won_back(row, every),
+        "cost": lambda row: _cost(row, every),
+    }
+    plain = {name: Spread.of(getattr(row, name) for row in rows) for name in (*MEASURED, *PER_RUN)}
+    found = plain | {name: Spread.of(map(value, rows)) for name, value in derived.items()}
+    known = {name: spread for name, spread in found.items() if spread is not None}
+    seeds = tuple(row.seed for row in rows)
+    return Line(first.label, first.scheme, first.method, first.format or "", first.baseline, seeds, known)
+
+
+def _reference(row: Row, every: Sequence[Row]) -> list[Row]:
+    """The bf16 rows to compare `row` with: of its training tokens if there are, else of the most; of its seed if so."""
+    of_bf16 = [one for one in every if one.baseline == "bf16"]
+    alike = [one for one in of_bf16 if row.train_tokens and one.train_tokens == row.train_tokens]
+    most = max((one.train_tokens or 0 for one in of_bf16), default=0)
+    alike = alike or [one for one in of_bf16 if (one.train_tokens or 0) == most]
+    return [one for one in alike if one.seed == row.seed] or alike
+
+
+def _perplexity(rows: Iterable[Row]) -> float | None:
+    spread = Spread.of(row.perplexity for row in rows)
+    return spread and spread.mean
+
+
+def _increase(row: Row, every: Sequence[Row]) -> float | None:
+    reference = _perplexity(_reference(row, every))
+    return None if row.perplexity is None or not reference else 100 * (row.perplexity / reference - 1)
+
+
+def _won_back(row: Row, every: Sequence[Row]) -> float | None:
+    """None where rounding to nearest loses nothing that could be won back."""
+    rounded = [one for one in every if one.baseline == "rtn" and one.format == row.format and row.format]
+    best, worst = _perplexity(_reference(row, every)), _perplexity(_of_seed(row, rounded))
+    if row.perplexity is None or row.baseline is not None or best is None or worst is None or worst <= best:
+        return None
+    return 100 * (worst - row.perplexity) / (worst - best)
+
+
+def _of_seed(row: Row, rows: list[Row]) -> list[Row]:
+    return [one for one in rows if one.seed == row.seed] or rows
+
+
+def _cost(row: Row, every: Sequence[Row]) -> float | None:
+    if row.baseline is not None or not row.train_seconds or not row.train_tokens:
+        return None
+    plain = [one for one in _reference(row, every) if one.train_seconds and one.train_tokens]
+    if not plain:
+        return None
+    per_token = mean(one.train_seconds / one.train_tokens for one in plain if one.train_seconds and one.train_tokens)
+    return row.train_seconds / row.train_tokens / per_token
+
+
+def front(found: Sequence[Line]) -> list[Line]:
+    """The lines that no other beats in both bytes and perplexity, from the smallest to the largest."""
+    measured = [one for one in found if one.mean("perplexity") is not None and one.mean("weight_bytes") is not None]
+
+    def place(line: Line) -> tuple[float, float]:
+        return line.values["weight_bytes"].mean, line.values["perplexity"].mean
+
+    best, kept = math.inf, []
+    for line in sorted(measured, key=place):
+        if place(line)[1] < best:
+            best = place(line)[1]
+            kept.append(line)
+    return kept
+
+
+# In sentences --------------------------------------------------------------------------------------------------------
+
+
+def sentences(found: Found) -> list[str]:
+    """What was compared and what won, computed from what was found."""
+    said = [sentence for study in found.studies for sentence in _of_study(study)]
+    if not found.studies:
+        said += _of_runs(found.curves)
+    if found.checkpoints:
+        smallest = min(found.checkpoints, key=lambda one: one.sizes.total)
+        share = smallest.sizes.total / (smallest.sizes.before + smallest.sizes.plain)
+        many = len(found.checkpoints)
+        of = f"Of {many} exported checkpoints the smallest, " if many > 1 else "The exported checkpoint "
+        said.append(
+            f"{of}{smallest.path}{',' * (many > 1)} takes {smallest.sizes.total / MIB:,.1f} MiB, {share:.0%} of "
+            "the same model in 16 bits."
+        )
+    if found.alignments:
+        said.append(_of_alignments(found))
+    return said
+
+
+def warnings(found: Found) -> list[str]:
+    """What a reader should know before believing the rest."""
+    said = [*(f"Not read, damaged: {one}" for one in found.damaged), *found.skipped]
+    for study in found.studies:
+        every = lines(study)
+        if not any(line.baseline == "bf16" for line in every):
+            said.append(f"{study.path} marks no row as its bf16 baseline, so no increase over bf16 is given.")
+        for line in every:
+            trained, served = line.mean("perplexity"), line.mean("served_perplexity")
+            if trained is not None and served is not None and f"{trained:.4g}" != f"{served:.4g}":
+                said.append(
+                    f"{line.label}: the engine's perplexity is {served:.5g}, the trained model's {trained:.5g}: they "
+                    "differ within four digits."
+                )
+        alone = [line.label for line in every if line.mean("train_seconds") and len(line.seeds) < 2]
+        if alone:
+            said.append(f"One seed only, so no spread is known: {_listed(alone)}.")
+    for report in found.alignments:
+        if not report.content["aligned"]:
+            said += [
+                f"{report.content['checkpoint']} is not aligned: {line}" for line in report.content["failures"][:3]
+            ]
+    for run, records in found.gaps:
+        measured = [one for one in records if "gap" in one]
+        if measured and not (measured[-1]["gap"]["mean_abs"] or 0) <= measured[-1]["limit"]:
+            said.append(f"{run}: the gap between trainer and engine was beyond its limit when it was last measured.")
+    for curve in found.curves:
+        if curve.metric in (*LOSSES, *VALIDATION) and any(not math.isfinite(value) for _, value in curve.points):
+            step = next(step for step, value in curve.points if not math.isfinite(value))
+            said.append(f"{curve.run}: {curve.metric} is not finite at step {step}.")
+    return said
+
+
+class Winner(NamedTuple):
+    """The best line of a format, the `next` if there is one, and whether they are `clear` of the seeds' spread."""
+
+    best: Line
+    next: Line | None
+    clear: bool
+
+
+def winners(found: Sequence[Line]) -> list[Winner]:
+    """The line with the least increase of each format, in the order of the lines."""
+    by_format: dict[str, list[Line]] = {}
+    for line in found:
+        if line.format and line.baseline != "bf16" and "increase" in line.values:
+            by_format.setdefault(line.format, []).append(line)
+    won = []
+    for lines_of_it in by_format.values():
+        best, *rest = sorted(lines_of_it, key=_increase_of)
+        second = rest[0] if rest else None
+        noise = sum(one.values["increase"].deviation or 0 for one in (best, second) if one)
+        won.append(Winner(best, second, second is None or _increase_of(second) - _increase_of(best) > noise))
+    return won
+
+
+def _of_study(study: Study) -> list[str]:
+    every = lines(study)
+    bf16 = [line for line in every if line.baseline == "bf16" and "perplexity" in line.values]
+    reference = max(bf16, key=lambda line: line.mean("train_tokens") or 0, default=None)
+    against = f" against {reference.label} (perplexity {reference.values['perplexity'].mean:.4g})" if reference else ""
+    methods = [line for line in every if line.baseline != "bf16"]
+    formats = dict.fromkeys(line.format for line in methods if line.format)
+    seeds = max(len(line.seeds) for line in every)
+    spread = f", up to {seeds} seeds each" if seeds > 1 else ""
+    said = [f"{_count(len(methods), 'row')} in {_count(len(formats), 'format')} were compared{against}{spread}."]
+    return said + _smallest(methods, reference) + _most_won(winners(every))
+
+
+def _most_won(won: Sequence[Winner]) -> list[str]:
+    """Which methods win, and what the best of them wins back."""
+    if not won:
+        return []
+    counts: dict[str, int] = {}
+    for one in won:
+        counts[one.best.method or one.best.label] = counts.get(one.best.method or one.best.label, 0) + 1
+    named = ", ".join(f"{name} in {count} of {_count(len(won), 'format')}" for name, count in counts.items())
+    said = [f"Lowest perplexity at equal bytes: {named}."]
+    backs = {one.best.label: one.best.values["won_back"].mean for one in won if "won_back" in one.best.values}
+    if backs:
+        low, high = min(backs, key=backs.__getitem__), max(backs, key=backs.__getitem__)
+        least = f"{backs[low]:.1f} % ({low}) to " if low != high else ""
+        said.append(f"Of what rounding to nearest loses they win back {least}{backs[high]:.1f} % ({high}).")
+    return said
+
+
+def _smallest(methods: Sequence[Line], reference: Line | None) -> list[str]:
+    """The best quality per byte: the smallest that is nearly as good as bf16."""
+    sized = [line for line in methods if "increase" in line.values and "weight_bytes" in line.values]
+    if not sized:
+        return []
+    near = [line for line in sized if _increase_of(line) <= CLOSE]
+    if not near:
+        best = min(sized, key=_increase_of)
+        return [f"None is within {CLOSE:g} % of bf16's perplexity; {best.label} is nearest."]
+    best = min(near, key=lambda line: (line.values["weight_bytes"].mean, _increase_of(line)))
+    full = reference and reference.mean("weight_bytes")
+    share = f", {best.values['weight_bytes'].mean / full:.0%} of bf16's bytes" if full else ""
+    return [
+        f"Best quality for its bytes: the smallest within {CLOSE:g} % of bf16's perplexity is {best.label} "
+        f"({best.values['weight_bytes'].mean / MIB:,.1f} MiB{share}): {_increase_of(best):+.2f} %."
+    ]
+
+
+def _increase_of(line: Line) -> float:
+    return line.values["increase"].mean
+
+
+def metric(curves: Iterable[Curve], names: Sequence[str]) -> dict[str, Curve]:
+    """For each run the longest of its curves that is called one of `names`: some trainers add a mean at the end."""
+    found: dict[str, Curve] = {}
+    for curve in curves:
+        if curve.metric in names and (curve.run not in found or len(curve.points) > len(found[curve.run].points)):
+            found[curve.run] = curve
+    return found
+
+
+def _of_runs(curves: Sequence[Curve]) -> list[str]:
+    """Which run ended with the lowest validation loss, or training loss where none was validated."""
+    for names in (VALIDATION, PERPLEXITIES, LOSSES):
+        ends = {run: curve.points[-1][1] for run, curve in metric(curves, names).items()}
+        ends = {run: value for run, value in ends.items() if math.isfinite(value)}
+        if ends:
+            best, what = min(ends, key=ends.__getitem__), metric(curves, names)
+            end = f"{what[best].metric} is {ends[best]:.4g} at the end"
+            if len(ends) == 1:
+                return [f"One run, {best}: {end}."]
+            rest = ", ".join(f"{run} {value:.4g}" for run, value in sorted(ends.items(), key=lambda one: one[1])[1:4])
+            return [f"{len(ends)} runs were compared; {best} is best: {end} (next: {rest})."]
+    return []
+
+
+def _of_alignments(found: Found) -> str:
+    verdicts = {report.content["checkpoint"]: bool(report.content["aligned"]) for report in found.alignments}
+    failed = [name for name, aligned in verdicts.items() if not aligned]
+    if not failed:
+        return f"{_count(len(verdicts), 'alignment report')}: every checkpoint computes what was trained."
+    return f"NOT aligned, {len(failed)} of {_count(len(verdicts), 'alignment report')}: {_listed(failed)}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
