@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class CausalLM(LightningModule):
@@ -31,6 +32,7 @@ class CausalLM(LightningModule):
         lora_mode: what the adapter trains on, see `lockstep.qat.lora`. ``merged``: on the weights that a `QATCallback`
             quantizes and exports. ``frozen-grid``: `model` is a folder that Lockstep exported. ``qlora``: `model` is
             loaded in NF4. In the last two no `QATCallback` belongs to the trainer.
+        compile_layers: compile each decoder layer with ``torch.compile``, all of them with one compilation.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class CausalLM(LightningModule):
         save_dir: str | None = None,
         lora: dict[str, Any] | None = None,
         lora_mode: Literal["merged", "frozen-grid", "qlora"] = "merged",
+        compile_layers: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -65,16 +68,18 @@ class CausalLM(LightningModule):
         vocabulary = self.model.config.vocab_size
         if self.tokenizer is not None and len(self.tokenizer) > vocabulary:
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, the model a vocabulary of {vocabulary}.")
+        if self.hparams["compile_layers"]:
+            compile_layers(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next tokens."""
-        loss = self.model(**batch).loss
+        loss = self.model(**batch, use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same on held-out text."""
-        loss = self.model(**batch).loss
+        loss = self.model(**batch, use_cache=False).loss
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -115,6 +120,13 @@ class CausalLM(LightningModule):
                 self.tokenizer.save_pretrained(self.hparams["save_dir"])
 
 
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer of a transformers model in place; they are alike, so one compilation serves all."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # transformers' base of all decoder layers
+            layer.compile()
+
+
 def load_model(name: str | None, tokenizer: Any = None) -> Any:
     """The model of `CausalLM`'s argument `model`, in fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -139,7 +151,7 @@ def load_model(name: str | None, tokenizer: Any = None) -> Any:
     has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     if path.is_file() or (path.is_dir() and not has_weights):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).train()  # transformers gives it in eval mode
 
 
 def load_adapted(name: str | None, tokenizer: Any, config: dict[str, Any], mode: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,14 @@ class TextData(LightningDataModule):
         """Read, split, tokenize; once."""
         if self._splits:
             return
-        train, validation = _split(_distinct(self._documents()))
+        train, validation = _split(distinct(self._documents()))
         split = {
             "train": _limited(train, self.max_bytes * 9 // 10),
             "validation": _limited(validation, self.max_bytes // 10),
         }
-        self.tokenizer = _tokenizer(self.tokenizer_name, self.vocab_size, split["train"])
+        self.tokenizer = load_tokenizer(self.tokenizer_name, self.vocab_size, split["train"])
         for name, texts in split.items():
-            tokens = _tokenize(self.tokenizer, texts)
+            tokens = tokenize(self.tokenizer, texts)
             if len(tokens) < self.block_size:
                 raise ValueError(f"{name} text has {len(tokens)} tokens, less than one block of {self.block_size}.")
             self._splits[name] = Blocks(tokens, self.block_size)
@@ -141,12 +141,12 @@ def _read(files: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield str(file), file.read_text(encoding="utf-8", errors="replace")
 
 
-def _distinct(documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def distinct(documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Each distinct text once, in an order that does not depend on names."""
-    distinct = {hashlib.sha256(text.encode()).hexdigest(): (unit, text) for unit, text in documents if text.strip()}
-    if not distinct:
+    by_hash = {hashlib.sha256(text.encode()).hexdigest(): (unit, text) for unit, text in documents if text.strip()}
+    if not by_hash:
         raise ValueError("no text found.")
-    return [document for _, document in sorted(distinct.items())]
+    return [document for _, document in sorted(by_hash.items())]
 
 
 def _split(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -174,7 +174,8 @@ def _held_out(unit: str) -> bool:
     return int(hashlib.sha256(unit.encode()).hexdigest(), 16) % 10 == 0
 
 
-def _tokenizer(name: str | None, vocab_size: int, texts: list[str]) -> Any:
+def load_tokenizer(name: str | None, vocab_size: int = 0, texts: Sequence[str] = ()) -> Any:
+    """The tokenizer of the folder `name`, or a byte-level BPE of `vocab_size` tokens trained on `texts`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -198,7 +199,7 @@ def _tokenizer(name: str | None, vocab_size: int, texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
+def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     """All texts in one run of tokens, each ended by the tokenizer's end token."""
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return torch.tensor([token for tokens in encoded for token in (*tokens, tokenizer.eos_token_id)])
