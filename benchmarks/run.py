@@ -15,7 +15,7 @@ from pathlib import Path
 
 SCRIPTS = (
     *("layer_step", "eight_bit_step", "fp8_gradient", "reuse", "kernel_bandwidth", "growth", "kernel_agreement"),
-    *("whole_model", "streaming_export", "weight_sync", "two_gpus", "rollout_two_gpus"),
+    *("whole_model", "streaming_export", "weight_sync", "two_gpus", "rollout_two_gpus", "spikes", "warmup"),
 )
 
 

@@ -16,7 +16,7 @@ from lockstep.scheme import ActivationSpec, KVCacheSpec, Rule, Scheme, TensorSpe
 from lockstep.sensitivity import SensitivityReport, sensitivity
 
 if TYPE_CHECKING:
-    from lockstep import align, callbacks, export, grid, kernels, qat, recipes
+    from lockstep import align, callbacks, export, grid, kernels, ptq, qat, recipes
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "kernels",
     "plan",
     "prepare",
+    "ptq",
     "qat",
     "recipes",
     "sensitivity",

@@ -28,6 +28,8 @@ RUNS = {
     "weight_sync": (["--layers", "1", "--rounds", "2"], ["median_ms", "ratio"]),
     "two_gpus": (["--precisions", "32-true", "--strategies", "ddp"], ["median_ms"]),
     "rollout_two_gpus": ([], ["median_ms", "gigabytes_per_second"]),
+    "spikes": (["--steps", "10", "--base_steps", "4"], ["perplexity", "ratio"]),
+    "warmup": (["--start-steps", "2"], ["loss"]),
     "whole_model": (["--modes", "eager", "--rounds", "2", *MODEL], ["tokens_per_second", "ratio"]),
 }
 

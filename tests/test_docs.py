@@ -38,8 +38,10 @@ from lockstep.export.convert import export_command
 from lockstep.inspect import inspect_command
 from lockstep.kernels import KERNELS
 from lockstep.plan import plan_command
+from lockstep.ptq.command import ptq_command
 from lockstep.qat.kv_cache import SPECS
 from lockstep.qat.observers import ObserverName
+from lockstep.report import parser as report_parser
 from lockstep.scheme import PRESETS
 from lockstep.sensitivity import sensitivity_command
 
@@ -53,6 +55,7 @@ COMMANDS = {
     "inspect": inspect_command,
     "kernels": cli.kernels,
     "plan": plan_command,
+    "ptq": ptq_command,
     "sensitivity": sensitivity_command,
 }
 
@@ -224,6 +227,8 @@ def test_commands_parse(words):
             assert importlib.util.find_spec(module) is not None
         case ["lockstep", "fit", "--config", path] | ["python", path, *_]:
             assert (ROOT / path).is_file()
+        case ["lockstep", "report", *rest]:
+            report_parser().parse_args(rest)
         case ["lockstep", command, *rest]:
             auto_parser(COMMANDS[command], as_positional=True, exit_on_error=False).parse_args(rest)
         case ["make", *targets]:
