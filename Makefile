@@ -4,13 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ENGINE := .venv-engine
 
-.PHONY: demo ablation test test-engine lint docs bench
+.PHONY: demo ablation accuracy test test-engine lint docs bench
 
 demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: about 4 minutes on 2 cores, installation not counted
 	$(BIN)/python -m lockstep.recipes.demo
 
 ablation: $(VENV)/.stamp-tensorboard  ## GRPO in four arms of three seeds, trainer and rollouts in bf16 or INT4: about 10 minutes on 2 cores
 	$(BIN)/python -m lockstep.recipes.ablation --jobs 2
+
+accuracy: $(VENV)/.stamp-ptq  ## QAT, QAD and post-training quantization of 10 million parameters: about half an hour on 2 cores
+	$(BIN)/python benchmarks/accuracy/study.py --size small --seeds 1
 
 test: $(VENV)/.stamp-dev  ## everything but the engine
 	$(BIN)/python -m pytest -n 2

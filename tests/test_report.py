@@ -318,7 +318,7 @@ def test_what_a_reader_must_know_is_a_warning(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(content))
     (no_bf16, served) = compare.warnings(read([tmp_path / "s.json"]))
     assert "marks no row as its bf16 baseline" in no_bf16
-    assert served.startswith("W4A16 g128 QAT: the engine's perplexity is 7.5")
+    assert served.startswith("W4A16 g128 QAT, seed 0: served perplexity is 7.5")
     assert "increase" not in compare.lines(read([tmp_path / "s.json"]).studies[0])[0].values
     assert text_of(write([tmp_path / "s.json"], tmp_path / "r.html"))
 

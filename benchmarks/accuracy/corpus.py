@@ -21,7 +21,10 @@ from torch import Tensor
 
 from lockstep.recipes.text import distinct, load_tokenizer, standard_library, tokenize
 
-LARGEST_FILE = 400_000  # bytes; longer ones are tables and generated code
+# What is no code that somebody wrote, by the rules of BigCode's datasets (arXiv:2301.03988): tables, data, generated.
+LARGEST_FILE = 400_000  # bytes
+LONGEST_LINE, MEAN_LINE = 1000, 100  # characters
+LETTERS_AND_DIGITS = 0.25  # at least so much of the characters
 LARGEST_HELD_OUT = 0.04  # of all bytes: a larger package always trains
 LONG_LINE = 40  # characters: shorter ones stand in everybody's files
 SHARED_LINES = 0.25  # a held-out file with more of its long lines in the training files is left out
@@ -78,13 +81,20 @@ def _make(folder: Path, vocabulary: int, max_bytes: int) -> None:
 
 
 def installed_sources() -> Iterator[tuple[str, str]]:
-    """``(package, source)`` of the standard library and of all that pip installed, without tests and tables."""
-    yield from standard_library()
+    """``(package, source)`` of the standard library and of all that pip installed."""
+    yield from ((package, text) for package, text in standard_library() if is_written(text))
     for root in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
         for path in sorted(Path(root).rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if not {"test", "tests"}.intersection(parts) and path.stat().st_size <= LARGEST_FILE:
-                yield parts[0].removesuffix(".py"), path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8", errors="replace") if path.stat().st_size <= LARGEST_FILE else ""
+            if is_written(text):
+                yield path.relative_to(root).parts[0].removesuffix(".py"), text
+
+
+def is_written(text: str) -> bool:
+    """Whether a file reads as if somebody had written it."""
+    longest = max(map(len, text.splitlines()), default=0)
+    dense = sum(map(str.isalnum, text)) >= LETTERS_AND_DIGITS * len(text)
+    return bool(text) and longest <= LONGEST_LINE and len(text) <= MEAN_LINE * text.count("\n") and dense
 
 
 def split_by_package(documents: list[tuple[str, str]]) -> tuple[dict[str, list[tuple[str, str]]], int]:

@@ -71,11 +71,26 @@ _PTQ = {
 }
 
 
-def rows(seeds: int) -> list[Row]:
-    """All rows, the ones that matter most first, since a run may end before the last."""
+def ptq(formats: tuple[str, ...], *libraries: str, seeds: int = 1) -> list[Row]:
+    """Post-training rows."""
+    return [Row("ptq", format, library, seeds=seeds) for format in formats for library in libraries]
 
-    def ptq(formats: tuple[str, ...], *libraries: str, seeds: int = 1) -> list[Row]:
-        return [Row("ptq", format, library, seeds=seeds) for format in formats for library in libraries]
+
+def few_rows(seeds: int) -> list[Row]:
+    """What the answer hangs on, for a CPU."""
+    return [
+        Row("bf16", seeds=seeds),
+        *ptq(("INT4 g128", "INT4 channel"), "rtn", seeds=seeds),
+        Row("qad", "INT4 g128", seeds=seeds),
+        Row("qat", "INT4 g128", seeds=seeds),
+        *ptq(("INT4 g128",), "mse", "gptq", "awq", "hqq"),
+        Row("qad", "INT4 channel", seeds=seeds),
+        *ptq(("INT4 channel",), "gptq"),
+    ]
+
+
+def all_rows(seeds: int) -> list[Row]:
+    """All rows, the ones that matter most first, since a run may end before the last."""
 
     def trained(formats: tuple[str, ...], *methods: Method) -> list[Row]:
         return [Row(method, format, seeds=seeds) for format in formats for method in methods]

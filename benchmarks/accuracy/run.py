@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import transformers
 from corpus import Corpus, corpus
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from rows import FORMATS, Row
+from rows import FORMATS, Row, all_rows, few_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -35,7 +36,10 @@ from lockstep.recipes.text import Blocks
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how long it trains. Steps are optimizer steps of `batch` blocks of `context` tokens."""
+    """A model, how long it trains, on which rows. Steps are optimizer steps of `batch` blocks of `context` tokens.
+
+    `rates` are the learning rates to choose from for each way to train; a single one is taken as it is.
+    """
 
     model: dict[str, int]
     vocabulary: int
@@ -48,32 +52,36 @@ class Size:
     test_blocks: int
     prompts: int
     calibration: int
+    rates: dict[str, tuple[float, ...]]
+    rows: Callable[[int], list[Row]]
     max_bytes: int = 0
 
 
 SIZES = {
-    # 105 million parameters; 184 million tokens, then 9 million for each row
+    # 105 million parameters; 157 million tokens, then 9 million for each row
     "large": Size(
         {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 12,
              "num_key_value_heads": 6, "head_dim": 64},
-        vocabulary=16384, context=1024, batch=24, base_steps=2800, base_batch=64, base_rate=1.5e-3, steps=360,
-        test_blocks=1024, prompts=512, calibration=128,
+        vocabulary=16384, context=1024, batch=24, base_steps=2400, base_batch=64, base_rate=1.5e-3, steps=360,
+        test_blocks=768, prompts=512, calibration=128, rows=all_rows,
+        rates={"bf16": (2e-5, 5e-5, 1e-4), "qat": (2e-5, 5e-5, 1e-4, 2e-4), "qad": (5e-5, 1e-4, 2e-4)},
     ),
     # 10 million parameters, for two CPU cores
     "small": Size(
         {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 9, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 64},
-        vocabulary=4096, context=256, batch=16, base_steps=800, base_batch=16, base_rate=2e-3, steps=200,
-        test_blocks=64, prompts=64, calibration=64, max_bytes=24_000_000,
+        vocabulary=4096, context=256, batch=16, base_steps=500, base_batch=16, base_rate=2e-3, steps=100,
+        test_blocks=128, prompts=64, calibration=64, max_bytes=24_000_000, rows=few_rows,
+        rates={"bf16": (5e-4,), "qat": (5e-4,), "qad": (5e-4,)},
     ),
 }  # fmt: skip
 
-RATES = {"bf16": (5e-5, 1e-4, 2e-4), "qat": (1e-4, 2e-4, 4e-4), "qad": (1e-4, 2e-4, 4e-4)}
 LORA_RATE = 5e-4
 WARMUP_STEPS = 10
 CALIBRATION_STEPS = 8
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 CURVE = 10  # steps between two points of a curve
+FRESH = 0.2  # of the training text, which the base model never saw: all rows train on it
 SETTLED = 12  # steps after which all is compiled
 
 
@@ -90,9 +98,9 @@ class Study:
         self.test, self.line_ends = held_out[: size.test_blocks], ends
         self.tune = self.text.blocks("tune", size.context)[: math.ceil(size.test_blocks / 4)]
         self.prompts = line_prompts(held_out, self.text.tokenizer, ends, size.context // 4, size.prompts)
-        self.calibration = [
-            block[None].to(self.device) for block in self.text.blocks("train", size.context)[: size.calibration]
-        ]
+        seen = self.text.blocks("train", size.context)
+        self.seen, self.fresh = seen.split([len(seen) - int(FRESH * len(seen)), int(FRESH * len(seen))])
+        self.calibration = [block[None].to(self.device) for block in self.seen[: size.calibration]]
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -111,7 +119,7 @@ class Study:
             str(self.folder / "config"), self.size.base_rate, warmup_steps=self.size.base_steps // 20,
             save_dir=str(self.base), compile_layers=self.compiles,
         )  # fmt: skip
-        cost = self.fit(module, self.size.base_steps, self.size.base_batch, 0, [], devices)
+        cost = self.fit(module, self.seen, self.size.base_steps, self.size.base_batch, 0, [], devices)
         return {"parameters": sum(one.numel() for one in module.model.parameters()), **cost}
 
     def train(self, row: Row, seed: int, rate: float, kl_share: float, save_dir: Path | None) -> tuple[Any, dict]:
@@ -143,7 +151,7 @@ class Study:
             compile_layers=self.compiles and not row.learned and row.method != "qlora",
             **options,
         )
-        cost = self.fit(module, self.size.steps, self.size.batch, seed, callbacks)
+        cost = self.fit(module, self.fresh, self.size.steps, self.size.batch, seed, callbacks)
         return module.model, {**cost, "learning_rate": rate}
 
     def teacher(self) -> Any:
@@ -154,7 +162,14 @@ class Study:
         return model
 
     def fit(
-        self, module: LightningModule, steps: int, batch: int, seed: int, callbacks: list[Callback], devices: int = 1
+        self,
+        module: LightningModule,
+        blocks: Tensor,
+        steps: int,
+        batch: int,
+        seed: int,
+        callbacks: list[Callback],
+        devices: int = 1,
     ) -> dict[str, Any]:
         """Train for `steps`; the seconds of training alone, its tokens, its curve and the peak of memory."""
         lightning.seed_everything(seed, verbose=False)
@@ -174,7 +189,7 @@ class Study:
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        data = Tokens(self.text, self.size.context, batch // devices, seed)
+        data = Tokens(self.text.tokenizer, blocks, batch // devices, seed)
         trainer.fit(module, data)
         module.to(self.device)
         for layer in module.modules():  # measuring has other shapes, for each of which it would compile again
@@ -315,12 +330,12 @@ class Watch(Callback):
 
 
 class Tokens(LightningDataModule):
-    """The training blocks in an order that the seed decides."""
+    """Blocks in an order that the seed decides."""
 
-    def __init__(self, text: Corpus, context: int, batch: int, seed: int) -> None:
+    def __init__(self, tokenizer: Any, blocks: Tensor, batch: int, seed: int) -> None:
         super().__init__()
-        self.tokenizer, self.batch, self.seed = text.tokenizer, batch, seed
-        self.blocks = Blocks(text.tokens["train"], context)
+        self.tokenizer, self.batch, self.seed = tokenizer, batch, seed
+        self.blocks = Blocks(blocks.flatten(), blocks.shape[1])
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by the seed alone."""

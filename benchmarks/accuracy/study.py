@@ -4,7 +4,7 @@
     python benchmarks/accuracy/study.py --size large --seconds 570  # 105 million parameters, every GPU there is
 
 A run makes the corpus from the Python sources installed here, trains a model on them, trains it on for every row of
-rows.py and every seed, and writes ``study.json`` and its report, ``study.html``. With ``--seconds`` it begins no row
+rows.py and every seed, and writes ``study.json``, its table and its page. With ``--seconds`` it begins no row
 that would not end in time; run it again and it goes on where it stopped. Learning rates are chosen once for each way
 of training, on INT4 with groups of 128, on packages that are not those of the test.
 """
@@ -38,9 +38,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from harness import environment  # noqa: E402
-from rows import FORMATS, Row, rows  # noqa: E402
-from run import RATES, SIZES, Study, layers, sizes, unquantized_size  # noqa: E402
+from rows import FORMATS, Row  # noqa: E402
+from run import SIZES, Study, layers, sizes, unquantized_size  # noqa: E402
+from table import table  # noqa: E402
 
+from lockstep import report  # noqa: E402
+
+NOT_SHOWN = ("name", "seconds", "tokens", "lines")  # alike in all rows, or of use while it runs
 SHARES = (1.0, 0.5)  # of the KL divergence in QAD's loss, to choose from
 
 
@@ -123,15 +127,16 @@ class Task(NamedTuple):
 
 def tasks(options: argparse.Namespace) -> list[Task]:
     """All there is to do, in order."""
+    size = size_of(options)
     trials = {
         f"try {method} {rate:g} {share:g}": (method, rate, share)
         for method, share in (("bf16", 0.0), ("qat", 0.0), *(("qad", share) for share in SHARES))
-        for rate in (RATES[method] if share in (0.0, SHARES[0]) else RATES[method][1:2])
-        if options.tune
+        for rate in (size.rates[method] if share in (0.0, SHARES[0]) else size.rates[method][1:2])
+        if options.tune and len(size.rates[method]) > 1
     }
     found = [Task("base", None, [], measure_base)]
     found += [Task(name, None, [], partial(attempt, trial=trial)) for name, trial in trials.items()]
-    for row in rows(options.seeds):
+    for row in size.rows(options.seeds):
         if row.format not in ("bf16", "NF4", *options.formats):
             continue
         plain = row.method == "bf16"
@@ -163,10 +168,11 @@ def attempt(study: Study, trial: tuple[Any, float, float]) -> dict[str, Any]:
 
 def chosen(study: Study, method: str) -> tuple[float, float]:
     """The learning rate and QAD's share of the KL divergence that did best, or the middle ones where none was tried."""
-    family = method if method in RATES else "qat"
+    rates = study.size.rates
+    family = method if method in rates else "qat"
     trials = [json.loads(path.read_text()) for path in (study.folder / "rows").glob(f"try {family} *.json")]
     if not trials:
-        return RATES[family][len(RATES[family]) // 2], SHARES[0]
+        return rates[family][len(rates[family]) // 2], SHARES[0]
     best = min(trials, key=lambda trial: trial["tune_perplexity"])["trial"]
     return best[1], best[2]
 
@@ -206,7 +212,7 @@ def result(study: Study, row: Row, seed: int) -> dict[str, Any]:
 
 
 def record(options: argparse.Namespace) -> None:
-    """``study.json``, what ``lockstep report`` reads, from the rows that are done."""
+    """``study.json`` of the rows that are done, its table ``study.md`` and its page ``study.html``."""
     found = [json.loads(path.read_text()) for path in sorted((options.out / "rows").glob("*.json"))]
     base = json.loads((options.out / "base.json").read_text())
     content = {
@@ -215,14 +221,16 @@ def record(options: argparse.Namespace) -> None:
         "environment": environment(torch.device(options.device)),
         "model": {
             **base,
-            **vars(size_of(options)),
+            **described(size_of(options)),
             "corpus": json.loads((options.out / "corpus/facts.json").read_text()),
         },
         "trials": [one for one in found if "trial" in one],
-        "rows": [one for one in found if "label" in one],
+        "rows": [{name: one[name] for name in one if name not in NOT_SHOWN} for one in found if "label" in one],
         "failed": sorted(path.stem for path in (options.out / "rows").glob("*.failed")),
     }
     write(options.out / "study.json", content)
+    (options.out / "study.md").write_text(table(options.out / "study.json"))
+    report.write([options.out / "study.json"], options.out / "study.html", "Which method when")
     print(f"{len(content['rows'])} rows, failed: {content['failed'] or 'none'}; written: {options.out / 'study.json'}")
 
 
@@ -241,6 +249,11 @@ def size_of(options: argparse.Namespace) -> Any:
     size = SIZES[options.size]
     cut = ("base_steps", "steps", "test_blocks", "prompts", "calibration", "max_bytes")
     return replace(size, **{name: math.ceil(getattr(size, name) * options.share) for name in cut})
+
+
+def described(size: Any) -> dict[str, Any]:
+    """The fields of a size that JSON holds."""
+    return {name: value for name, value in vars(size).items() if name != "rows"}
 
 
 def _expected(places: Path, name: str) -> float:

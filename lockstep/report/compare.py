@@ -13,7 +13,15 @@ from lockstep.report.sources import Curve, Found, Row, Study
 
 CLOSE = 1.0  # percent of perplexity over bf16 up to which a model counts as "nearly as good"
 MEASURED = ("perplexity", "accuracy", "agreement", "kl", "exact_line", "parses", "served_perplexity")
-PER_RUN = ("weight_bytes", "bits_per_weight", "train_seconds", "train_tokens")
+PER_RUN = (
+    "weight_bytes",
+    "bits_per_weight",
+    "learning_rate",
+    "quantize_seconds",
+    "train_seconds",
+    "train_tokens",
+    "peak_bytes",
+)
 LOSSES = ("train/loss", "train_loss", "train_loss_step", "loss")
 VALIDATION = ("val/loss", "val_loss", "eval/loss", "eval_loss")
 PERPLEXITIES = ("val/perplexity", "val_perplexity", "eval/perplexity", "eval_perplexity", "perplexity")
@@ -103,6 +111,11 @@ def _won_back(row: Row, every: Sequence[Row]) -> float | None:
     return 100 * (worst - row.perplexity) / (worst - best)
 
 
+def _four_digits_agree(one: float, other: float) -> bool:
+    """Whether they differ by no more than half a unit of the fourth significant digit."""
+    return abs(one - other) <= 0.5 * 10 ** (math.floor(math.log10(one)) - 3)
+
+
 def _of_seed(row: Row, rows: list[Row]) -> list[Row]:
     return [one for one in rows if one.seed == row.seed] or rows
 
@@ -161,13 +174,18 @@ def warnings(found: Found) -> list[str]:
         every = lines(study)
         if not any(line.baseline == "bf16" for line in every):
             said.append(f"{study.path} marks no row as its bf16 baseline, so no increase over bf16 is given.")
-        for line in every:
-            trained, served = line.mean("perplexity"), line.mean("served_perplexity")
-            if trained is not None and served is not None and f"{trained:.4g}" != f"{served:.4g}":
+        for row in study.rows:
+            if (
+                row.perplexity
+                and row.served_perplexity
+                and not _four_digits_agree(row.perplexity, row.served_perplexity)
+            ):
                 said.append(
-                    f"{line.label}: the engine's perplexity is {served:.5g}, the trained model's {trained:.5g}: they "
-                    "differ within four digits."
+                    f"{row.label}, seed {row.seed}: served perplexity is {row.served_perplexity:.5g}, the trained "
+                    f"model's {row.perplexity:.5g}: they differ within four digits."
                 )
+            if row.aligned is False:
+                said.append(f"{row.label}, seed {row.seed}: its export is not aligned with what was trained.")
         alone = [line.label for line in every if line.mean("train_seconds") and len(line.seeds) < 2]
         if alone:
             said.append(f"One seed only, so no spread is known: {_listed(alone)}.")

@@ -121,7 +121,10 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], float], str], ...] = (
     ("next line exact, %", "exact_line", lambda value: 100 * value, ".1f"),
     ("line parses, %", "parses", lambda value: 100 * value, ".1f"),
     ("served perplexity", "served_perplexity", float, ".4f"),
+    ("seconds to quantize", "quantize_seconds", float, ".1f"),
+    ("learning rate", "learning_rate", float, ".0e"),
     ("time a token, times plain", "cost", float, ".2f"),
+    ("peak of training, GiB", "peak_bytes", lambda value: value / MIB / 1024, ".1f"),
 )
 _LEGEND = (
     "Mean over the seeds ± standard deviation. Over bf16: the perplexity against the bf16 model that has seen as many "

@@ -53,7 +53,8 @@ class Row:
     """A row of a study record: a method at one seed. What was not measured is None.
 
     `perplexity` is of held-out text, `accuracy` of next tokens, `agreement` of first choices with the bf16 model's and
-    `kl` from it in nats; `exact_line` and `parses` are shares; `layers` are signal-to-noise ratios in dB.
+    `kl` from it in nats; `exact_line` and `parses` are shares; `layers` are signal-to-noise ratios in dB. `kl_share` is
+    the share of the divergence from a teacher in the loss; `aligned` is the verdict on the export.
     """
 
     label: str
@@ -70,7 +71,12 @@ class Row:
     bits_per_weight: float | None = None
     train_seconds: float | None = None
     train_tokens: int | None = None
+    peak_bytes: int | None = None
+    learning_rate: float | None = None
+    kl_share: float | None = None
+    quantize_seconds: float | None = None
     served_perplexity: float | None = None
+    aligned: bool | None = None
     curve: tuple[tuple[int, float], ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
     baseline: str | None = None
