@@ -19,11 +19,11 @@ import torch
 
 from lockstep.export import formats, parallel
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
-from lockstep.export.convert import other_class, skeleton
 from lockstep.export.directory import ExportError
 from lockstep.export.legality import check_exportable
 from lockstep.export.masters import INDEX, Stored, check_no_adapter, read_json, stored_tensors
 from lockstep.export.parallel import Shard, Weight
+from lockstep.export.pieces import other_class, skeleton
 from lockstep.export.served import quantized_layers, stored_as
 from lockstep.kernels import KERNELS, engines
 from lockstep.qat.prepare import PrepareReport, as_text, prepare, run_as_one, show

@@ -35,7 +35,7 @@ import lockstep
 from lockstep import Rule, Scheme
 from lockstep.callbacks import QATCallback
 from lockstep.cli import main
-from lockstep.export import Checkpoint, ExportError, save_pretrained
+from lockstep.export import Checkpoint, ExportError, pieces, save_pretrained
 from lockstep.export import convert as converting
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.convert import convert
@@ -48,7 +48,7 @@ RECIPE = [Rule(["re:.*down_proj"], "W8A8"), Rule(["re:.*self_attn.*"], None), Ru
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that a tiny weight takes several, the last of them smaller: 128 rows of 512 and of 256 weights."""
-    monkeypatch.setattr(converting, "CHUNK", 128 * 256)
+    monkeypatch.setattr(pieces, "CHUNK", 128 * 256)
 
 
 def saved(folder: Path, model: Any = None, **options: Any) -> Path:

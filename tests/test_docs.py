@@ -353,6 +353,6 @@ def test_every_test_that_the_table_names_is_there():
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and cells[-1] != "tested by" and set(cells[0]) != {"-"}:
-            recorded = re.findall(r"^recorded: `benchmarks/(\w+)\.py`", cells[-1])
+            recorded = re.findall(r"^recorded: `benchmarks/(\w+)(?:/\w+)?\.py`", cells[-1])
             assert "::test_" in cells[-1] or recorded, line
             assert all((ROOT / "benchmarks/results" / f"{name}_gpu.json").exists() for name in recorded), line
