@@ -17,11 +17,12 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ COLUMNS = [
     ("way", text("path")),
     ("perplexity", number("perplexity", 6)),
     ("against the first", number("difference", 6, sign=True)),
+    ("standard error", number("difference_error", 6)),
     ("digits", text("digits")),
     ("against", text("against")),
     ("loss, 1e-5 nats", number("loss_1e5", 2, sign=True)),
@@ -106,6 +108,8 @@ def check(folder: Path, masters: str, context: int | None) -> int:
         longest = Checkpoint(folder).config["max_position_embeddings"]
     except ValueError as error:
         raise SystemExit(f"{folder} is not an exported folder: {error}") from None
+    if not (folder / "tokenizer_config.json").exists():
+        raise SystemExit(f"{folder} holds no tokenizer: export it with tokenizer=..., or copy the files of one there.")
     if masters != "-" and not Path(masters).is_dir():
         raise SystemExit(f"--masters {masters} is no folder: give that of the trained weights, or - for none.")
     if context is not None and not 2 <= context <= longest:
@@ -143,7 +147,7 @@ def _first(found: Corpus, context: int, count: int) -> Tensor:
 # The ways -------------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, masters: str, blocks: Tensor) -> list[dict[str, Any]]:
+def measure(folder: Path, masters: str, blocks: Tensor) -> Iterator[dict[str, Any]]:
     """A row for each way to compute `blocks` int64 ``[N, T]``; one that cannot says why."""
     ways: dict[str, tuple[str | None, Callable[[], tuple[Tensor, str]]]] = {
         "trained": (None, lambda: (scores(trained(folder, Path(masters)), blocks), "")),
@@ -155,19 +159,24 @@ def measure(folder: Path, masters: str, blocks: Tensor) -> list[dict[str, Any]]:
     if masters == "-":
         del ways["trained"]
     found: dict[str, Tensor] = {}
-    rows = []
     for way, (against, score) in ways.items():
         row: dict[str, Any] = {"folder": folder.name, "path": way, "tokens": blocks[:, 1:].numel()}
         try:
             found[way], row["note"] = score()
-        except (ValueError, RuntimeError, ImportError) as error:  # the other ways are still wanted
-            rows.append(row | {"status": "failed", "reason": first_line(error)})
+        except (ValueError, RuntimeError, ImportError, OSError) as error:  # the other ways are still wanted
+            yield row | {"status": "failed", "reason": first_line(error)}
             continue
-        first = perplexity(next(iter(found.values())))
         row |= {"status": "ok", "perplexity": perplexity(found[way])}
-        row |= {"difference": row["perplexity"] - first, "digits": digits(row["perplexity"], first)}
-        rows.append(row | (differences(found[way], found[against], against) if against in found else {}))
-    return rows
+        if len(found) > 1:
+            first = next(iter(found.values()))
+            row |= {
+                "difference": row["perplexity"] - perplexity(first),
+                "difference_error": row["perplexity"] * difference_of_loss(found[way], first)[1],
+                "digits": digits(row["perplexity"], perplexity(first)),
+            }
+        if against in found:
+            row |= {"against": against, **differences(found[way], found[against])}
+        yield row
 
 
 @torch.no_grad()
@@ -187,15 +196,18 @@ def trained(folder: Path, masters: Path) -> Any:
 
 
 def restored(folder: Path) -> Any:
-    """The fake-quant model on fp32 masters made of the stored words, which must be quantized to the same words."""
+    """The fake-quant model on fp32 masters made of the stored words, which must be quantized to the same words.
+
+    Code times scale is exact in fp32, and so is what most rules make of it; rounded to bf16 it would not be.
+    """
     stored = Checkpoint(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {name: stored.tensor(name) for name in stored.plain_tensors()}
-    state |= {
-        f"{name}.weight": grid.dequantize(stored.layer(name), stored.scheme_of(name).weights) for name in stored.layers
-    }
+    for name in stored.layers:
+        exact = replace(stored.scheme_of(name).weights, served_dtype=torch.float32)
+        state[f"{name}.weight"] = grid.dequantize(stored.layer(name), exact)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     if odd := [*(set(missing) - tied), *unexpected]:
@@ -236,7 +248,7 @@ def engine(folder: Path, blocks: Tensor) -> tuple[Tensor, str]:
         if process.returncode:
             raise RuntimeError(f"vLLM: {(process.stderr.strip().splitlines() or ['no reason given'])[-1]}")
         found = json.loads(request.read_text())
-    kernels = ", ".join(f"{count} {name}" for name, count in Counter(found["kernels"]).items())
+    kernels = ", ".join(f"{count} {name}" for name, count in found["kernels"].items())
     return torch.tensor(found["logprobs"]), f"vLLM {found['version']}: {kernels}"
 
 
@@ -256,16 +268,22 @@ def digits(value: float, other: float) -> int:
     return max(0, min(16, exponent + 1 + math.floor(-math.log10(2 * abs(value - other)))))
 
 
-def differences(found: Tensor, other: Tensor, against: str) -> dict[str, Any]:
-    """Of two ways' log-probabilities ``[N, T - 1]``: the loss's with its standard error over blocks, and each one's."""
-    difference = found.double() - other.double()
-    a_block = -difference.mean(-1)
+def difference_of_loss(logprobs: Tensor, others: Tensor) -> tuple[float, float]:
+    """The mean difference in nats a token and its standard error, of log-probabilities ``[N, T - 1]`` of N blocks."""
+    a_block = (others.double() - logprobs.double()).mean(-1)
+    return a_block.mean().item(), a_block.std().item() / math.sqrt(len(a_block))
+
+
+def differences(logprobs: Tensor, others: Tensor) -> dict[str, float]:
+    """What is said of the log-probabilities ``[N, T - 1]`` of one way and of the way that it is held against."""
+    loss, error = difference_of_loss(logprobs, others)
+    each = (logprobs.double() - others.double()).abs()
+    identical = (each == 0).double().mean().item()
     return {
-        "against": against,
-        "loss_1e5": 1e5 * a_block.mean().item(),
-        "error_1e5": 1e5 * a_block.std().item() / math.sqrt(len(a_block)),
-        "each_1e3": 1e3 * difference.abs().mean().item(),
-        "identical": (difference == 0).double().mean().item(),
+        "loss_1e5": 1e5 * loss,
+        "error_1e5": 1e5 * error,
+        "each_1e3": 1e3 * each.mean().item(),
+        "identical": identical,
     }
 
 
@@ -286,14 +304,19 @@ def plot(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _public(options: argparse.Namespace) -> argparse.Namespace:
     """The options without this machine's paths: of folders their names."""
-    named = {key: [Path(one).name or one for one in getattr(options, key)] for key in ("folders", "masters")}
-    named["text_from"] = Path(options.text_from).name
-    said = [*named["folders"], *(["--masters", *named["masters"]] if options.masters else [])]
-    said += ["--text-from", named["text_from"], "--blocks", str(options.blocks)]
-    said += [] if options.context is None else ["--context", str(options.context)]
-    words = " ".join(f"'{word}'" if " " in word else word for word in said)
-    command = f"python benchmarks/accuracy/served.py {words}"
-    return argparse.Namespace(**vars(options) | named, device=torch.device("cpu"), command=command)
+    folders, masters = ([Path(one).name for one in places] for places in (options.folders, options.masters))
+    text_from = Path(options.text_from).name
+    words = [*folders, *(["--masters", *masters] if masters else []), "--text-from", text_from]
+    words += ["--blocks", str(options.blocks)]
+    words += [] if options.context is None else ["--context", str(options.context)]
+    said = {
+        "folders": folders,
+        "masters": masters,
+        "text_from": text_from,
+        "command": f"python benchmarks/accuracy/served.py {shlex.join(words)}",
+        "device": torch.device("cpu"),
+    }
+    return argparse.Namespace(**vars(options) | said)
 
 
 def _options() -> argparse.Namespace:
