@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lockstep.export import formats, parallel
+from lockstep.export import card, formats, parallel
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.directory import ExportError
 from lockstep.export.legality import check_exportable
@@ -29,7 +29,6 @@ from lockstep.kernels import KERNELS, engines
 from lockstep.qat.prepare import PrepareReport, as_text, prepare, run_as_one, show
 from lockstep.scheme import Rule, Scheme, dtype_name
 
-_CODES = ("weight_packed", "qweight", "B", "weight")  # of the tensors of a quantized layer, those that hold its codes
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _IGNORED = ("ignore", "modules_to_not_convert", "ignored_layers")  # as formats call the layers that stay as they are
 
@@ -260,17 +259,16 @@ def _quantized(folder: Path, config: Mapping[str, Any], tp: int, ep: int) -> Ins
         return Inspection(str(folder), kind, {}, _by_dtype(stored.values()), warnings=tuple(warnings))
 
     groups: dict[tuple[str, str], list[str]] = {}
-    weights, sizes = {}, {"codes": 0, "scales, zero points and shapes": 0, "not quantized": 0}
+    weights = {}
     plain = {*checkpoint.plain_tensors()}
     for name in checkpoint.layers:
         format, scheme = checkpoint.format_of(name), checkpoint.scheme_of(name)
         groups.setdefault((format, str(scheme)), []).append(name)
-        leaf = next(one for one in _CODES if one in formats.find(format).tensors(scheme.weights))
-        n, k = _shape(stored[f"{name}.{leaf}"].shape, format, scheme)
+        codes = stored[f"{name}.{formats.codes_of(format, scheme.weights)}"]
+        n, k = _shape(codes.shape, format, scheme)
         weights[name] = Weight(n, k, scheme, format)
-        sizes["codes"] += stored[f"{name}.{leaf}"].bytes
-    sizes["not quantized"] = sum(stored[name].bytes for name in plain)
-    sizes["scales, zero points and shapes"] = sum(one.bytes for one in stored.values()) - sum(sizes.values())
+    taken = card.sizes(checkpoint, stored)
+    sizes = {"codes": taken.codes, "scales, zero points and shapes": taken.scales, "not quantized": taken.plain}
 
     model = _skeleton_or_none(config, warnings)
     linear = [name.removesuffix(".weight") for name in plain if _is_linear(name, stored)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.qat.learned import check_rule
+from lockstep.qat.learned import check_ptq
 
 MEASURED = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 LEARNED = ".weight_scale"
@@ -38,7 +38,7 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
 
     Raises:
         ValueError: a measured scale that the model has is not there; one is no positive number, or of another shape;
-            learned scales are for another scale rule than the model's.
+            learned scales are for another scale rule than the model's, or not those that ``lockstep ptq`` wrote.
 
     Nothing is changed when it raises. Learned scales that are not there stay as they are.
     """
@@ -52,12 +52,15 @@ def load_scales(model: nn.Module, folder: str | Path) -> list[str]:
             "this model."
         )
     scales = {}
-    for key in (key for key in places if key in files):
+    for key in places:
+        if key in files:
+            with safe_open(files[key], "pt") as file:
+                scales[key] = file.get_tensor(key)
         if key.endswith(LEARNED):
             layer = model.get_submodule(key.removesuffix(LEARNED))
-            check_rule(Path(folder), key, layer.scheme.weights)  # type: ignore[union-attr, arg-type]
-        with safe_open(files[key], "pt") as file:
-            scales[key] = file.get_tensor(key)
+            check_ptq(Path(folder), key, layer.scheme.weights, scales.get(key))  # type: ignore[union-attr, arg-type]
+        if key not in files:
+            continue
         found = scales[key]
         alike = (found.shape, found.dtype) == (places[key].shape, torch.float32)
         if not alike or not (found.isfinite() & ((found > 0) | key.endswith(LEARNED))).all():

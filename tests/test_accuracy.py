@@ -1,8 +1,12 @@
 """The accuracy study: its held-out text is held out, and what it writes is what it measured."""
 
 import argparse
+import fcntl
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +175,18 @@ def test_fresh_text_is_kept_from_the_base_model(scripts, run, tmp_path):
     assert fresh
     assert not seen & fresh
     assert torch.equal(torch.cat([made.seen, made.fresh]), made.text.blocks("train", 64))
+
+
+@pytest.mark.parametrize("problem", ["another size", "another run"])
+def test_a_folder_holds_one_study_and_one_run_at_a_time(tmp_path, problem):
+    if problem == "another size":
+        (tmp_path / "size.json").write_text('{"context": 1}')
+    command = [sys.executable, str(SCRIPTS / "study.py"), "--size", "small", "--out", str(tmp_path)]
+    with (tmp_path / "lock").open("w") as lock:
+        if problem == "another run":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    said = {"another size": "holds a study of another size", "another run": "another run is at work in"}
+    assert said[problem] in done.stderr
+    assert not (tmp_path / "corpus").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,18 @@ def test_a_seal_is_of_the_text_before_it(tmp_path):
     path.write_bytes(b"\xff" + sealed("one\n").encode())
     assert not is_sealed(path)
     assert not is_sealed(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["INT4 g128 QAD", "it's", "$(touch x); `y`", '"quoted"', "日本", "two\nlines"])
+def test_commands_take_the_name_of_the_folder_as_it_is(tmp_path, name):
+    exported(tmp_path / "out")
+    text = card.write(tmp_path / "out", name=name).read_text(encoding="utf-8")
+    folder = "./" + " ".join(name.split())
+    (command,) = re.findall(r"^vllm serve .*", text, re.MULTILINE)
+    assert shlex.split(command) == ["vllm", "serve", folder]
+    (argument,) = re.findall(r"AutoTokenizer\.from_pretrained\((.*)\)", text)
+    assert ast.literal_eval(argument) == folder
+    assert f"\n# {folder[2:]}\n" in text
 
 
 # What it is told -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,8 @@ def test_a_call_around_the_model_is_refused():
             lambda student: "no/such-folder",
             "cannot load a causal language model from 'no/such-folder'",
         ),
+        (lambda: model(), lambda student: model().to("meta"), "model.embed_tokens.weight is on meta"),
+        (lambda: model(), lambda student: prepared(model(), "W4A16"), "q_proj is prepared: .*before quantization"),
         (lambda: nn.Linear(128, 128), lambda student: teacher_model(), "Linear has a teacher, but is no causal"),
         (lambda: model().model, lambda student: teacher_model(), "LlamaModel has a teacher, but is no causal"),
     ],
@@ -467,6 +470,18 @@ def test_a_teacher_that_cannot_teach_is_named(student, teacher, message, monkeyp
     student = student()
     with pytest.raises(ValueError, match=message):
         taught(student, teacher(student))
+
+
+@pytest.mark.parametrize(("method", "taken"), [("gptq", False), ("rtn", True)])
+def test_the_folder_of_a_post_training_method_is_no_teacher(tmp_path, method, taken):
+    """Its weights are rounded as the student's; round to nearest leaves the masters alone."""
+    model().save_pretrained(tmp_path)
+    (tmp_path / "ptq.json").write_text(json.dumps({"method": method}))
+    if taken:
+        taught(model(), str(tmp_path))
+    else:
+        with pytest.raises(ValueError, match=r"is what gptq made .*Give the model before quantization"):
+            taught(model(), str(tmp_path))
 
 
 def test_one_shared_layer_is_enough_to_be_refused():

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 import lockstep
 from lockstep import Scheme, grid
-from lockstep.callbacks import QATCallback, QATTrainerCallback, common
+from lockstep.callbacks import LossSpikeCallback, QATCallback, QATTrainerCallback, common
 from lockstep.qat import oscillation, quantized_modules
 from lockstep.qat.experts import experts
 from lockstep.qat.prepare import quantized_experts
@@ -327,8 +327,30 @@ def test_a_strength_that_is_none_is_refused(make, strength):
 
 def test_gradients_that_another_library_keeps_are_missed():
     model = prepared(TinyMlp(dtype=torch.float32), "W4A16")
+    flat = nn.Parameter(torch.cat([one.detach().flatten() for one in model.parameters()]))  # as its optimizers have it
     with pytest.raises(ValueError, match=r"no quantized weight has a gradient.*DeepSpeed"):
-        oscillation.dampen(model, 1.0, list(model.parameters()))
+        oscillation.dampen(model, 1.0, [flat])
+
+
+def test_frozen_weights_are_missed():
+    model = prepared(TinyMlp(dtype=torch.float32), "W4A16")
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"frozen weights have none"):
+        oscillation.dampen(model, 1.0, [*model.parameters(), other])
+
+
+@pytest.mark.parametrize("first", ["spikes", "dampening"])
+def test_a_step_that_the_spike_callback_holds_back_is_not_dampened(first):
+    """Whichever callback comes first: the weights stay as they were, and training goes on."""
+    callbacks = [LossSpikeCallback("skip"), QATCallback("W4A16", dampening=1.0, log_every_n_steps=0)]
+    module = Regression()
+    module.on_after_backward = lambda: [one.grad.fill_(torch.nan) for one in module.parameters()] and None
+    before = [one.clone() for one in module.parameters()]
+    with pytest.warns(UserWarning, match="not taken"):
+        run(module, *(callbacks if first == "spikes" else callbacks[::-1]), steps=2)
+    assert callbacks[0].count == 2
+    assert all(map(torch.equal, before, module.parameters()))
 
 
 def test_a_run_without_an_end_is_refused():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
 from models import channel, edit_tensors, grouped, tiny_llama, tiny_moe, token_ids
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trainer_callback import tokenizer
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import lockstep
 from lockstep import Scheme, cli, grid, ptq
-from lockstep.callbacks import QATCallback
+from lockstep.callbacks import QATCallback, common
 from lockstep.export import ExportError, save_pretrained
 from lockstep.export.convert import convert
 from lockstep.loading import load_scales
@@ -410,10 +413,52 @@ def test_experts_are_rounded_to_nearest_alone():
 
 def test_a_hessian_without_an_inverse_is_an_error_and_no_silent_rounding():
     model = tiny_llama()
-    nn.init.constant_(model.model.layers[1].input_layernorm.weight, torch.inf)
+    nn.init.constant_(model.model.layers[1].input_layernorm.weight, 3e38)  # inputs overflow
     before = state(model)
     with pytest.raises(ValueError, match=r"cannot invert the Hessian of model\.layers\.1\.self_attn\.\w_proj and"):
         quantize(model, "gptq", G32, batches())
+    assert all(tensor.equal(before[name]) for name, tensor in state(model).items())
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "gptq", "rtn"])
+def test_weights_that_were_pruned_away_have_finite_scales_and_errors(method):
+    """A row of zeros, one with a single weight, a layer of zeros."""
+    model = tiny_llama(torch.float32)
+    with torch.no_grad():
+        model.get_parameter(f"{LAYER}.weight")[3:5] = 0
+        model.get_parameter(f"{LAYER}.weight")[4, 7] = 0.5
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    result = quantize(model, method, channel(), batches())
+    errors = {row.name: row.error for row in result.rows}
+    assert errors["model.layers.0.mlp.up_proj"] == 0
+    assert all(0 <= error <= 1 for error in errors.values())  # GPTQ drops what meets no inputs
+    result.prepare(model)
+    served = quantized_modules(model)
+    layer = next(layer for name, layer in served if name == LAYER)
+    weight = grid.dequantize(layer.quantize(), layer.scheme.weights)
+    assert weight[3].count_nonzero() == 0
+    assert weight[4].count_nonzero() == 1
+    assert abs(weight[4, 7] - 0.5) < 0.05
+    assert model(token_ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+def test_masters_without_values_are_named(method):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(f"{LAYER}.weight")[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=rf"{LAYER}\.weight holds NaN or infinity"):
+        quantize(model, method, G32, batches())
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is on meta"):
+        quantize(tiny_llama().to("meta"), method, G32, batches())
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_adapters_are_refused_before_anything_changes(method):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"PeftModel has adapters.*merge_and_unload"):
+        quantize(model, method, G32, batches())
     assert all(tensor.equal(before[name]) for name, tensor in state(model).items())
 
 
@@ -543,3 +588,61 @@ def test_scales_of_another_rule_are_refused_in_training_and_in_export(written):
     with pytest.raises(ExportError, match=r"are for scale_rule 'amax/7.5', asked is 'amax/7'"):
         convert(folder, written / "wrong", G32)
     assert not (written / "wrong").exists()
+
+
+def test_scales_that_a_run_does_not_use_are_a_warning(written, tmp_path):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[QATCallback(G32)], **quiet)
+    with pytest.warns(UserWarning, match="weight scales, such as .* which are not used"):
+        trainer.fit(Run(written / "out"), DataLoader(token_ids(4), batch_size=2))
+    model = AutoModelForCausalLM.from_pretrained(written / "out")
+    scheme = Scheme.preset("W4A16", group_size=32, scale_rule="amax/7.5")
+    lockstep.prepare(model, scheme, learned_scales=True)
+    with pytest.warns(UserWarning, match=r"weight_scale is not what .* stores.*load_scales\(model, folder\)"):
+        common.warn_of_unread_scales(model)
+    load_scales(model, written / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        common.warn_of_unread_scales(model)
+
+
+def test_the_card_says_that_it_was_not_trained(written, tmp_path):
+    scheme = as_argument(Scheme.preset("W4A16", group_size=32, scale_rule="amax/7.5"))
+    assert cli.main(["export", str(written / "out"), str(tmp_path / "x"), "--workers=1", f"--scheme={scheme}"]) == 0
+    assert "Not trained: quantized afterwards by lockstep ptq --method gptq." in (tmp_path / "x/README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "swapped", "report"])
+def test_scales_that_are_not_those_of_the_method_are_named(written, tmp_path, damage):
+    shutil.copytree(written / "out", tmp_path / "out")
+    q, k = (f"model.layers.{number}.mlp.down_proj.weight_scale" for number in (0, 1))
+
+    def change(tensors):
+        if damage == "deleted":
+            del tensors[q]
+        else:
+            tensors[q], tensors[k] = tensors[k], tensors[q]
+
+    if damage == "report":
+        (tmp_path / "out" / "ptq.json").write_text('{"method": "gptq"}')
+    else:
+        edit_tensors(tmp_path / "out", change)
+    said = {
+        "deleted": f"{q}, .* is not there",
+        "swapped": f"{q}, .* is not what it was",
+        "report": "ptq.json is no report",
+    }
+    scheme = Scheme.preset("W4A16", group_size=32, scale_rule="amax/7.5")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    lockstep.prepare(model, scheme, learned_scales=True)
+    with pytest.raises(ValueError, match=said[damage]):
+        load_scales(model, tmp_path / "out")
+    with pytest.raises((ExportError, ValueError), match=said[damage]):
+        convert(tmp_path / "out", tmp_path / "served", scheme)
+
+
+def test_what_hqq_makes_is_not_exported_as_something_else(tmp_path):
+    source = folder(tmp_path / "masters")
+    assert cli.main(["ptq", str(source), str(tmp_path / "out"), "--method=hqq", "--device=cpu", "--steps=1"]) == 0
+    with pytest.raises(ExportError, match="real zero points no format stores"):
+        convert(tmp_path / "out", tmp_path / "served", "W4A16")

@@ -168,7 +168,8 @@ def by_hand(steps: int, dtype: torch.dtype, autocast: bool, accumulate: int = 1)
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """All but the model card, which says what its folder is called."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
 
 
 # When the layers are switched --------------------------------------------------------------------------------------
@@ -431,7 +432,9 @@ def test_logged_metrics_are_right_and_stand_at_the_right_steps(tmp_path, accumul
     assert list(logged) == [1, 3, 5]  # Lightning counts from 0
     for row, step in zip(logged.values(), (2, 4, 6), strict=True):
         expected = expected_metrics(weights[step], weights[step - 2] if step > 2 else None)
-        assert row == pytest.approx(expected, rel=1e-4)
+        oscillation = {name for name in row if "oscillation" in name}  # see test_oscillation.py
+        assert bool(oscillation) == (step == 6)
+        assert {name: row[name] for name in row.keys() - oscillation} == pytest.approx(expected, rel=1e-4)
         for name, value in row.items():
             if "code_flips" in name or "saturation" in name:
                 assert value == pytest.approx(expected[name], rel=1e-7)

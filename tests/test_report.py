@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -301,14 +302,14 @@ def test_the_front_holds_what_no_other_row_beats():
     assert [line.label for line in compare.front(lines)] == ["small", "middle", "best"]
 
 
-@pytest.mark.parametrize(("gap", "clear"), [(0.001, False), (0.5, True)])
-def test_a_lead_within_the_spread_of_the_seeds_is_called_so(gap, clear):
+@pytest.mark.parametrize(("gap", "doubt"), [(0.001, "within the spread of the seeds"), (0.5, "")])
+def test_a_lead_within_the_spread_of_the_seeds_is_called_so(gap, doubt):
     rows = [{"label": "bf16", "perplexity": 7.0, "baseline": "bf16"}]
     for seed, noise in enumerate((-0.1, 0.0, 0.1)):
         rows.append({"label": "A", "perplexity": 7.2 + noise, "seed": seed, "format": "4"})
         rows.append({"label": "B", "perplexity": 7.2 + gap + noise, "seed": seed, "format": "4"})
     (won,) = compare.winners(of_rows(*rows))
-    assert (won.best.label, won.next.label, won.clear) == ("A", "B", clear)
+    assert (won.best.label, won.next.label, won.doubt) == ("A", "B", doubt)
 
 
 def test_what_a_reader_must_know_is_a_warning(tmp_path):
@@ -459,6 +460,9 @@ def test_damage_is_on_the_page_and_in_the_exit_status(tmp_path, capsys):
         ({"baseline": "fp32"}, "baseline is 'fp32'"),
         ({"label": ""}, "row 0 of the study has no label"),
         ({"curve": [1, 2]}, "study.json: "),
+        ({"format": ["W4A16"]}, r"format is \['W4A16'\], and no text"),
+        ({"command": ["python"]}, "command is .*and no text"),
+        ({"weight_bytes": 10**400}, "study.json: "),
     ],
 )
 def test_a_wrong_field_of_a_study_is_named(tmp_path, change, message):
@@ -467,6 +471,68 @@ def test_a_wrong_field_of_a_study_is_named(tmp_path, change, message):
     (tmp_path / "study.json").write_text(json.dumps(content))
     (said,) = read([tmp_path]).damaged
     assert re.search(message, said)
+
+
+ILLEGIBLE = {
+    "an alignment of another version": {"aligned": True, "failures": [], "checkpoint": "out", "layers": []},
+    "a plan of another version": {"lines": [], "totals": {}, "fits": {}},
+    "a calibration of another version": {"observer": "minmax", "batches": 1, "rows": [{"name": "layer"}]},
+    "a post-training report of another version": {"method": "gptq", "scheme": "W4A16", "seconds": 1.0, "rows": [{}]},
+    "a sensitivity of another version": {"loss": "2.1", "costs": [{"unit": "layer"}]},
+    "a study whose model is a list": {"kind": "lockstep-study", "rows": [{"label": "QAT"}], "model": ["Llama"]},
+}
+
+
+@pytest.mark.parametrize("case", ILLEGIBLE)
+def test_a_file_that_cannot_be_shown_is_named_and_the_rest_is(tmp_path, capsys, case):
+    (tmp_path / "a.json").write_text(json.dumps(ILLEGIBLE[case]))
+    (tmp_path / "study.json").write_text(json.dumps(study()))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 1
+    assert f"damaged: {tmp_path / 'a.json'}: " in capsys.readouterr().err
+    words = text_of(tmp_path / "report.html").words
+    assert any(word.startswith(f"Not read, damaged: {tmp_path / 'a.json'}: ") for word in words)
+    assert "Comparison" in words
+
+
+@pytest.mark.parametrize(
+    "log",
+    ['[{"loss": 1.0}]', "[3]", '[{"loss": 1.0, "step": Infinity}]', '[{"loss": 1.0, "step": "x"}]', "[" * 100_000],
+)
+def test_a_trainers_log_that_is_none_is_named(tmp_path, log):
+    (tmp_path / "trainer_state.json").write_text(f'{{"global_step": 1, "log_history": {log}}}')
+    (said,) = read([tmp_path]).damaged
+    assert said.startswith(f"{tmp_path / 'trainer_state.json'}: ")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    """The second is the worse one: under one name one of the two would be missing in silence."""
+    for experiment, loss in (("first", 1.5), ("second", 2.5)):
+        folder = tmp_path / experiment / "logs"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"step,val_loss\n1,3.0\n2,{loss}\n")
+    folders = [tmp_path / "first" / "logs", tmp_path / "second" / "logs"]
+    for runs in (folders, [folder / "metrics.csv" for folder in folders], [*folders, f"{folders[0]}/"]):
+        found = read(runs)
+        assert {curve.run: curve.points[-1][1] for curve in found.curves} == {"first": 1.5, "second": 2.5}
+    assert "first is best" in compare.sentences(found)[0]
+
+
+def test_a_seed_that_stands_twice_is_a_warning(tmp_path):
+    content = {"kind": "lockstep-study", "rows": [{"label": "QAT", "seed": 1, "perplexity": 7.0}] * 2}
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    assert any("QAT has seed 1 more than once" in said for said in compare.warnings(read([tmp_path])))
+
+
+def test_labels_are_text_and_neither_formulas_nor_html(tmp_path):
+    label = "<script>alert(1)</script> at $a_{$ or $\\frac{$"
+    layers = {"model.layers.0.q_proj": 20.0}
+    rows = [{"label": label, "method": label, "format": label, "perplexity": 7.0, "weight_bytes": 1, "layers": layers}]
+    rows.append({"label": "bf16", "baseline": "bf16", "perplexity": 6.9, "weight_bytes": 4, "method": "bf16"})
+    (tmp_path / "study.json").write_text(json.dumps({"kind": "lockstep-study", "rows": rows}))
+    written = write([tmp_path], tmp_path / "report.html").read_text()
+    assert "&lt;script&gt;" in written
+    for wrong in ("<script", "Not read"):
+        assert wrong not in written
 
 
 def test_a_field_that_the_report_does_not_know_is_named(tmp_path):
@@ -519,3 +585,164 @@ def test_long_curves_are_thinned_to_means():
     assert {value for _, value in drawn} == {0.5}
     assert figures.thinned(points[:10]) == [(float(step), value) for step, value in points[:10]]
     assert page(Found(), "nothing").count("<h2>") == 0
+
+
+# Runs that are not alike ----------------------------------------------------------------------------------------------
+
+
+def curve(run, metric, *values):
+    return Curve(run, metric, tuple(enumerate(values)))
+
+
+QAT = curve("qat", "train/loss", 4.0, 3.641)
+QAD = [curve("qad", "train/loss", 0.01, 0.00047), curve("qad", "qat/kl", 0.01, 0.00047)]
+
+
+def test_a_divergence_from_a_teacher_is_not_compared_with_a_cross_entropy():
+    (said,) = compare.sentences(Found(curves=[QAT, *QAD]))
+    assert "best" not in said.replace("none is called best", "")
+    assert said.startswith("2 runs were compared; none logs a validation loss, and the training losses of those with")
+    validated = [curve("qat", "val/loss", 4.0, 3.7), curve("qad", "val/loss", 4.0, 3.6)]
+    (said,) = compare.sentences(Found(curves=[QAT, *QAD, *validated]))
+    assert "qad is best: val/loss is 3.6 at the end (next: qat 3.7)" in said
+
+
+def test_a_training_loss_is_called_what_it_is():
+    (said,) = compare.sentences(Found(curves=[QAT, curve("other", "train/loss", 4.0, 3.5)]))
+    assert "other is lowest in training, and none was validated: train/loss is 3.5 at the end (next: qat" in said
+
+
+def test_losses_with_a_teacher_are_drawn_and_listed_apart(monkeypatch):
+    panels = {}
+    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or figures.sizes([]))
+    logged = [curve("qad", "qat/cross_entropy", 3.8, 3.7), curve("qad", "qat/oscillation/mean", 0.25, 0.5)]
+    html = page(Found(curves=[QAT, *QAD, *logged, curve("qad", "spike/count", 1.0, 2.0)]), "runs")
+    assert list(panels["training loss, nats"]) == ["qat"]
+    assert list(panels["training loss of distillation, nats"]) == ["qad"]
+    assert panels["KL from the teacher, nats"]["qad"] == [QAD[1].points]
+    assert panels["cross-entropy of distillation, nats"]["qad"] == [((0, 3.8), (1, 3.7))]
+    assert panels["codes that changed back (oscillation), %"]["qad"] == [[(0, 25.0), (1, 50.0)]]
+    assert "2 loss spikes in qad" in html
+    assert "training loss of distillation, last" in html
+
+
+def test_a_study_draws_losses_with_a_teacher_apart(tmp_path, monkeypatch):
+    panels = {}
+    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or figures.sizes([]))
+    rows = [
+        {"label": name, "method": name, "format": "4", "kl_share": share, "curve": [[0, 2.0], [1, 1.0]]}
+        for name, share in (("qat", None), ("qad", 1.0))
+    ]
+    (tmp_path / "s.json").write_text(json.dumps({"kind": "lockstep-study", "rows": rows}))
+    page(read([tmp_path]), "study")
+    assert {words: list(runs) for words, runs in panels.items()} == {
+        "training loss, nats: 4": ["qat"],
+        "training loss of distillation, nats: 4": ["qad"],
+    }
+
+
+def test_a_teacher_is_seen_in_tensorboards_files_of_a_trainer(tmp_path):
+    """Hugging Face's TensorBoardCallback puts ``train/`` before the names."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for run, names in {"qat": ("train/loss",), "qad": ("train/loss", "train/qat/kl")}.items():
+        with SummaryWriter(str(tmp_path / run)) as writer:
+            for name in names:
+                writer.add_scalar(name, 0.5, 1)
+    found = read([tmp_path / "qat", tmp_path / "qad"])
+    assert [list(runs) for runs in compare.training(found.curves)] == [["qat"], ["qad"]]
+
+
+def test_a_small_lead_of_one_run_is_no_lead():
+    runs = [curve(name, "val/loss", 4.0, end) for name, end in (("warm", 3.79), ("cold", 3.793), ("c", 3.798))]
+    others = [curve(name, "train/loss", 4.0, 3.5) for name in "de"]
+    (said,) = compare.sentences(Found(curves=[*runs, *others]))
+    assert said == (
+        "5 runs were compared, 3 of them by validation loss; warm is lowest, but within 0.5 %, and one run each: no "
+        "spread is known: val/loss is 3.79 at the end (next: cold 3.793, c 3.798)."
+    )
+
+
+@pytest.mark.parametrize(("lead", "doubt"), [(0.02, compare.ONE_EACH), (0.1, "")])
+def test_a_small_lead_of_one_seed_is_no_lead(lead, doubt):
+    rows = [{"label": "bf16", "perplexity": 7.0, "baseline": "bf16"}]
+    rows += [{"label": name, "perplexity": 7.2 + more, "format": "4"} for name, more in (("A", 0), ("B", lead))]
+    (won,) = compare.winners(of_rows(*rows))
+    assert won.doubt == doubt
+
+
+def test_the_front_and_its_axis_are_the_same_number():
+    """B has the lower mean perplexity, by its seed alone; paired with its own bf16 it is larger and worse."""
+    rows = [{"label": "bf16", "perplexity": 7.0 + seed, "seed": seed, "baseline": "bf16"} for seed in range(2)]
+    rows += [
+        {"label": "A", "perplexity": (7.0 + seed) * 1.01, "seed": seed, "weight_bytes": 1, "format": "4"}
+        for seed in range(2)
+    ]
+    rows.append({"label": "B", "perplexity": 7.0 * 1.02, "seed": 0, "weight_bytes": 2, "format": "4"})
+    lines = of_rows(*rows)
+    assert lines[1].mean("perplexity") > lines[2].mean("perplexity")
+    assert [line.label for line in compare.front(lines)] == ["A"]
+    assert compare.winners(lines)[0].best.label == "A"
+
+
+def test_the_first_sentences_have_their_spread(tmp_path):
+    """And neither a format with one row nor the model before training is a win."""
+    rows = [{"label": "before", "perplexity": 7.0, "format": "bf16", "method": "base", "weight_bytes": 4}]
+    for seed, noise in enumerate((-0.01, 0.0, 0.01)):
+        rows.append({"label": "bf16", "perplexity": 7.0, "baseline": "bf16", "format": "bf16", "seed": seed})
+        rows.append({"label": "RTN", "perplexity": 7.5, "baseline": "rtn", "format": "4", "method": "rtn"})
+        rows.append({"label": "QAT", "perplexity": 7.05 + noise, "format": "4", "method": "qat"})
+        rows[-1] |= {"weight_bytes": 1, "seed": seed}
+        rows[-2] |= {"weight_bytes": 1, "seed": seed}
+    rows.append({"label": "alone", "perplexity": 7.2, "format": "8", "method": "alone", "weight_bytes": 2})
+    (tmp_path / "s.json").write_text(json.dumps({"kind": "lockstep-study", "rows": rows}))
+    said = " ".join(compare.sentences(read([tmp_path])))
+    assert said.startswith("3 rows in 2 formats were compared")
+    assert ": +0.71 ± 0.14 %." in said
+    assert "Lowest perplexity at equal bytes: qat in 1 of 1 format." in said
+    assert "they win back 90.0 ± 2.0 % (QAT)" in said
+
+
+def test_layers_that_sit_on_their_grid_take_no_place_in_the_map(tmp_path):
+    layers = {f"model.layers.{block}.q_proj": 10.0 + block for block in range(12)}
+    exact = [{"label": f"GPTQ {one}", "layers": dict.fromkeys(layers, math.inf)} for one in range(figures.MAPS)]
+    rows = [*exact, {"label": "QAT", "layers": layers}, {"label": "QAD", "layers": dict.fromkeys(layers, 30.0)}]
+    (tmp_path / "s.json").write_text(json.dumps({"kind": "lockstep-study", "rows": rows}))
+    found = read([tmp_path])
+    drawn = figures.layer_maps(found.layers(), "dB", worst_is_low=True)
+    assert [axes.get_title("left") for axes in drawn.axes if axes.get_title("left")] == ["QAT", "QAD"]
+    text = text_of(write([tmp_path], tmp_path / "r.html"))
+    assert "Left out, without a finite ratio: GPTQ 0, GPTQ 1, GPTQ 2, GPTQ 3." in text.words
+    assert "QAT: the worst 10 layers" in text.words
+    assert "QAD: the worst 10 layers" in text.words
+
+
+def test_the_environment_is_readable(tmp_path):
+    about = {"curve": [[1, 2.0]] * 2, "steps": list(range(9)), "gpus": ["a", "b"], "peak_bytes": 3 * 2**30}
+    about |= {"corpus": {"train": {"bytes": 2**20}}, "train_seconds": 205.17588, "torchao": None}
+    content = {"kind": "lockstep-study", "rows": [{"label": "QAT"}], "environment": about}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    words = text_of(write([tmp_path], tmp_path / "r.html")).words
+    shown = dict(pairwise(words))
+    assert (shown["peak_bytes"], shown["corpus: train: bytes"], shown["train_seconds"]) == (
+        "3.0 GiB",
+        "1.0 MiB",
+        "205.2 s",
+    )
+    assert (shown["gpus"], shown["torchao"]) == ('["a", "b"]', "none")
+    assert not {"curve", "steps"} & {*words}
+
+
+def test_what_ptq_wrote_is_a_run(tmp_path, capsys):
+    model = tiny_llama()
+    result = lockstep.ptq.quantize(model, "rtn", "W4A16", [])
+    model.save_pretrained(tmp_path / "out")
+    result.save(tmp_path / "out" / "ptq.json")
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "r.html")]) == 0
+    worst = max(result.rows, key=lambda row: row.error)
+    found = text_of(tmp_path / "r.html")
+    assert (
+        f"Post-training rtn as {result.scheme} took {result.seconds:.1f} s for {len(result.rows)} layers" in found.all
+    )
+    assert f"largest errors of a weight: {worst.name} {worst.error:.2%}" in found.all
+    assert "Post-training: rtn" in found.words

@@ -40,6 +40,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(pin_memory|use_cpu|num_worker
 QUICK = {"window": 4, "threshold": 8.0}  # judges from the third step on
 
 
+def test_a_model_that_does_not_train_is_refused():
+    model = TinyMlp().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of TinyMlp trains"):
+        LossSpikeCallback("skip")._begin(model, torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+
+
 # Which steps are spikes -----------------------------------------------------------------------------------------------
 
 

@@ -25,9 +25,9 @@ import lockstep
 from lockstep import Rule, Scheme, grid
 from lockstep.callbacks import QATCallback, QATTrainerCallback
 from lockstep.export import Checkpoint, ExportError
-from lockstep.qat import quantized_modules
+from lockstep.qat import quantized_modules, warmup
 from lockstep.qat.linear import QATLinear
-from lockstep.qat.warmup import PLAIN, Schedule, Warmup, eight_bits, stop
+from lockstep.qat.warmup import Schedule, Warmup, eight_bits, stop
 from lockstep.scheme import PRESETS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -127,7 +127,7 @@ def test_a_layer_that_waits_is_plain_and_one_that_is_through_is_as_served(autoca
         for kept, (a, b) in ((found, (model, model)), (expected, (served, plain))):
             y = b.second(a.norm(a.first(x)).relu())
             kept += [y, *torch.autograd.grad(y.float().square().sum(), [x, a.first.weight, b.second.weight])]
-    assert model.second.warmup is PLAIN
+    assert model.second.warmup is warmup.plain
     assert model.first.warmup is None
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

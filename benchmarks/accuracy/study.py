@@ -1,7 +1,7 @@
 """QAT, QAD and post-training quantization of one language model, measured on the same held-out text.
 
     python benchmarks/accuracy/study.py --size small              # 10 million parameters, two CPU cores
-    python benchmarks/accuracy/study.py --size large --seconds 570  # 105 million parameters, every GPU there is
+    python benchmarks/accuracy/study.py --size large --seconds 570  # 111 million parameters, every GPU there is
 
 A run makes the corpus from the Python sources installed here, trains a model on them, trains it on for every row of
 rows.py and every seed, and writes ``study.json``, its table and its page. With ``--seconds`` it begins no row
@@ -12,6 +12,7 @@ of training, on INT4 with groups of 128, on packages that are not those of the t
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import logging
@@ -43,6 +44,7 @@ from run import SIZES, Study, layers, sizes, unquantized_size  # noqa: E402
 from table import table  # noqa: E402
 
 from lockstep import report  # noqa: E402
+from lockstep.qat.prepare import quantized_modules  # noqa: E402
 
 NOT_SHOWN = ("name", "seconds", "tokens", "lines")  # alike in all rows, or of use while it runs
 SHARES = (1.0, 0.5)  # of the KL divergence in QAD's loss, to choose from
@@ -63,6 +65,16 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             write(options.out / "base.json", cost | {"devices": options.devices})
         return 0
+    lock = (options.out / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SystemExit(f"another run is at work in {options.out}: wait for it, or give another --out.") from None
+    described_there = options.out / "size.json"
+    if not described_there.exists():
+        write(described_there, described(size_of(options)))
+    elif json.loads(described_there.read_text()) != json.loads(json.dumps(described(size_of(options)))):
+        raise SystemExit(f"{options.out} holds a study of another size: give another --out.")
     devices = max(1, torch.cuda.device_count()) if options.device == "cuda" else 1
     arguments = [word for word in sys.argv[1:] if not word.startswith("--only")]
     Study(options.out, size_of(options), "cpu")  # makes the corpus once, before there are workers
@@ -198,7 +210,7 @@ def result(study: Study, row: Row, seed: int) -> dict[str, Any]:
         found |= {**unquantized_size(model), "served_perplexity": study.perplexity(served)}
     return {
         "label": row.label,
-        "scheme": str(FORMATS.get(row.format, row.format)),
+        "scheme": scheme_of(model, row.format),
         "format": row.format,
         "method": row.library if row.method == "ptq" else row.method,
         "baseline": "bf16" if row.method == "bf16" else "rtn" if row.library == "rtn" else None,
@@ -206,6 +218,12 @@ def result(study: Study, row: Row, seed: int) -> dict[str, Any]:
         **found,
         **cost,
     }
+
+
+def scheme_of(model: Any, format: str) -> str:
+    """The scheme that the layers have, such as a library's own scale rule; the format where there is none."""
+    schemes = {str(layer.scheme) for _, layer in quantized_modules(model)}
+    return ", ".join(sorted(schemes)) or format
 
 
 # The record -----------------------------------------------------------------------------------------------------------
@@ -226,12 +244,24 @@ def record(options: argparse.Namespace) -> None:
         },
         "trials": [one for one in found if "trial" in one],
         "rows": [{name: one[name] for name in one if name not in NOT_SHOWN} for one in found if "label" in one],
+        "findings": at_an_edge(options, [one for one in found if "trial" in one]),
         "failed": sorted(path.stem for path in (options.out / "rows").glob("*.failed")),
     }
     write(options.out / "study.json", content)
     (options.out / "study.md").write_text(table(options.out / "study.json"))
     report.write([options.out / "study.json"], options.out / "study.html", "Which method when")
     print(f"{len(content['rows'])} rows, failed: {content['failed'] or 'none'}; written: {options.out / 'study.json'}")
+
+
+def at_an_edge(options: argparse.Namespace, trials: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each way to train whose best learning rate is the lowest or the highest that was tried."""
+    said = []
+    for method, rates in size_of(options).rates.items():
+        tried = [one for one in trials if one["trial"][0] == method]
+        best = min(tried, key=lambda one: one["tune_perplexity"])["trial"][1] if tried else None
+        if best in (min(rates), max(rates)) and len(rates) > 1:
+            said.append(f"{method} did best at a learning rate of {best:g}, the end of what was tried.")
+    return said
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

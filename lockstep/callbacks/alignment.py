@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lockstep.align import page
 from lockstep.align.decompose import Rollout, kernel_floor, measure
 from lockstep.align.mismatch import Mismatch, MismatchError, Names, as_mask, truncated_importance_weights
+from lockstep.callbacks.common import rank
 from lockstep.export.gather import ranks_of, together
 from lockstep.export.rollout.session import RolloutSession
 
@@ -128,7 +129,7 @@ class _Alignment:
         try:
             stop = self._act(step, over, found, session, rollout, sharded)
         finally:
-            if not _rank():
+            if not rank():
                 self._page()
         return found.metrics(self.names) | own, stop
 
@@ -164,7 +165,7 @@ class _Alignment:
             self._event(step, self.action, words)
             if self.action == "stop":
                 return f"step {step}: trainer and engine differ by {words}."
-            if not _rank():
+            if not rank():
                 warnings.warn(
                     f"step {step}: trainer and engine differ by {words}. Old weights, or a floor that has grown with a "
                     "sharper policy: lockstep.align.decompose tells, and callback.floor = None measures it anew.",
@@ -334,16 +335,12 @@ def _gap(mismatch: Mismatch) -> str:
     return f"{mismatch.sampled.mean_abs:.4g} nats on average"
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _on_rank_zero(work: Callable[[], Value]) -> Value:
     """What `work` returns on rank zero, on all ranks; they all must call this. Its exception there is one on all."""
     if not (dist.is_available() and dist.is_initialized()):
         return work()
     value = problem = None
-    if not _rank():
+    if not rank():
         try:
             value = work()
         except Exception as error:

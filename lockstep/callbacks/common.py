@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.export.directory import ExportError
 from lockstep.export.gather import Unit, fsdp_units, gathered
-from lockstep.loading import load_scales, stored_scales
+from lockstep.loading import LEARNED, load_scales, stored_scales
 from lockstep.qat import kv_cache, observers, oscillation, statistics, warmup
 from lockstep.qat.experts import QATExperts, experts
 from lockstep.qat.linear import QATLinear
@@ -25,6 +29,11 @@ LATE_START = (
     "start_step={start_step} adds to the model what the optimizer and checkpoints must know from the first step: leave "
     "it 0 with learned_scales, calibration_steps, or a scheme or KV cache with measured ranges."
 )
+
+
+def rank() -> int:
+    """This process's, 0 where there is no process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def stores_scales(scheme: Scheme | Sequence[Rule], cache: KVCacheSpec | None) -> bool:
@@ -46,12 +55,36 @@ def _schemes(scheme: Scheme | Sequence[Rule]) -> list[Scheme]:
 def read_scales(model: nn.Module) -> str:
     """Read the scales that the folder of a transformers model stores; a sentence about it, or nothing if it has none.
 
+    Warns of weight scales there that the model has no place for.
+
     Raises:
         ValueError: see `lockstep.loading.load_scales`.
     """
     folder = str(getattr(model, "name_or_path", ""))
-    keys = load_scales(model, folder) if stored_scales(folder) else []
+    stored = stored_scales(folder)
+    keys = load_scales(model, folder) if stored else []
+    if unused := [key for key in stored if key.endswith(LEARNED) and key not in keys]:
+        warnings.warn(
+            f"{folder} stores {len(unused)} weight scales, such as {unused[0]}, which are not used: the weights there "
+            "are rounded again by the scheme's rule. learned_scales=True starts from them.",
+            stacklevel=2,
+        )
     return f"{len(keys)} scales read from {folder}, the first is {keys[0]}" if keys else ""
+
+
+def warn_of_unread_scales(model: nn.Module) -> None:
+    """Warn if a model that somebody prepared has other learned scales than its folder stores."""
+    folder = str(getattr(model, "name_or_path", ""))
+    own = {key: scale for key, scale in model.state_dict().items() if key.endswith(LEARNED)}
+    for key, path in stored_scales(folder).items() if own else ():
+        with safetensors.safe_open(path, "pt") as file:
+            if key in own and not torch.equal(file.get_tensor(key), own[key].detach().cpu()):
+                warnings.warn(
+                    f"{key} is not what {folder} stores. To start from the scales there, call "
+                    "lockstep.loading.load_scales(model, folder) after lockstep.prepare.",
+                    stacklevel=2,
+                )
+                return
 
 
 def observe(model: nn.Module, observer: ObserverName, calibration_steps: int) -> None:
@@ -74,10 +107,21 @@ def check_steps(calibration_steps: int, max_steps: int, export_dir: str | None) 
         )
 
 
-def how_trained(step: int, start_step: int, callback: object) -> str:
-    """What a model card says of a run that ended at optimizer step `step`."""
-    late = f", quantized from step {start_step:,} on" if start_step else ""
-    return f"{step:,} optimizer steps in all with {type(callback).__name__}{late}."
+def how_trained(step: int, callback: Any) -> str:
+    """What a model card says of a run of one of the QAT callbacks that ended at optimizer step `step`."""
+    said = [f"{step:,} optimizer steps in all with {type(callback).__name__}"]
+    if callback.start_step:
+        said.append(f"quantized from step {callback.start_step:,} on")
+    if callback.teacher is not None:
+        name = callback.teacher.model if isinstance(callback.teacher.model, str) else "the model before quantization"
+        said.append(f"{callback.teacher.kl_share:.0%} of the loss from its teacher {Path(name).name}")
+    if callback.learned_scales:
+        said.append("with learned scales")
+    if callback.warmup is not None:
+        said.append(f"over a warm-up of {callback.warmup.steps:,} steps ({callback.warmup.kind})")
+    if callback.dampening:
+        said.append(f"dampened by {callback.dampening:g}")
+    return ", ".join(said) + "."
 
 
 def check_stability(planned: Warmup | None, dampening: float, learned_scales: bool) -> None:

@@ -266,7 +266,7 @@ class QATCallback(Callback):
                 self.export_format,
                 tokenizer=tokenizer,
                 overwrite=self.overwrite,
-                trained=common.how_trained(trainer.global_step, self.start_step, self),
+                trained=common.how_trained(trainer.global_step, self),
             )
             as_what = f" as {self.export_format}" if self.export_format else ""
             rank_zero_info(f"exported to {self.export_dir}{as_what}, every layer checked bit for bit")

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lockstep.callbacks.common import rank
 from lockstep.qat import learned
 from lockstep.qat.prepare import WRAPPED
 from lockstep.qat.spikes import NormHistogram, SpikeDetector, clipping_advice, squared_norms, worst_layers
@@ -75,7 +76,10 @@ class _LossSpikes:
                 "LBFGS takes several gradients in a step: loss spikes are not looked for. Use another one."
             )
         self._losses, self._rates = [], []
-        self._names, self._parameters = zip(*_trained(model), strict=True)
+        trained = list(_trained(model))
+        if not trained:
+            raise ValueError(f"no parameter of {type(model).__name__} trains: there are no gradients to look at.")
+        self._names, self._parameters = zip(*trained, strict=True)
         self._sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         self._scales = {}
         if self.remedy != "restore_scales":
@@ -128,7 +132,7 @@ class _LossSpikes:
         held = self.remedy is not None and not (self.remedy == "lower_rate" and finite)
         what = f"step {step}: {reason}; {worst_layers(self._names, parts)}"
         done = self._hold(optimizer) if held else self._take(optimizer, finite)
-        if self._in_a_row <= self.patience and not _rank():
+        if self._in_a_row <= self.patience and not rank():
             warnings.warn(f"{what}. {done}", stacklevel=3)
         if self._held >= self.patience:
             raise LossSpikeError(
@@ -209,7 +213,7 @@ class _LossSpikes:
         """No step follows the last one to show what it did to learned scales."""
         if self._saved and (found := self._negative_scales()):
             self._restore_scales(optimizer)
-            if not _rank():
+            if not rank():
                 warnings.warn(f"the last step: {found}. The scales are those before it.", stacklevel=3)
 
     # What a checkpoint holds ------------------------------------------------------------------------------------------
@@ -466,7 +470,7 @@ class LossSpikeTrainerCallback(_LossSpikes, TrainerCallback):
         self._found, self._queued = self._squares(), False
 
     def _tell_once(self, what: str) -> None:
-        if not self._told and not _rank():
+        if not self._told and not rank():
             warnings.warn(what, stacklevel=3)
         self._told = True
 
@@ -508,10 +512,6 @@ def _restore(one: nn.Parameter, optimizer: Any, value: Tensor, state: dict[str, 
         optimizer.state[one] = {
             key: kept.to(places[key], copy=True) if isinstance(kept, Tensor) else kept for key, kept in state.items()
         }
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:

@@ -274,7 +274,7 @@ class QATTrainerCallback(TrainerCallback):
                 self.export_format,
                 tokenizer=kwargs.get("processing_class"),
                 overwrite=self.overwrite,
-                trained=common.how_trained(step, self.start_step, self),
+                trained=common.how_trained(step, self),
             )
         if state.is_world_process_zero:
             as_what = f" as {self.export_format}" if self.export_format else ""
@@ -299,6 +299,8 @@ class QATTrainerCallback(TrainerCallback):
         common.unobserve(model)  # an interrupted run may have left observers, with which layers do not quantize
         if first and not self._acted and state.is_world_process_zero:
             print(report)
+        if not first and not self._acted and state.is_world_process_zero:
+            common.warn_of_unread_scales(model)
         if first and not self.calibration_steps:
             found = common.read_scales(model)
             if found and state.is_world_process_zero:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from lockstep.export.parallel import without_numbers
 from lockstep.scheme import Scheme, dtype_name
 
 MIB = 2**20
-CODES = ("weight_packed", "qweight", "B", "weight")  # of the tensors of a quantized layer, those that hold its codes
 # Who loads a format from a folder, as docs/formats.md has it; what a scheme takes from that is in `engines`.
 ENGINES = {
     "pack-quantized": ("vLLM", "SGLang", "transformers"),
@@ -35,7 +35,7 @@ ENGINES = {
     "fp8": ("vLLM", "SGLang", "transformers"),
 }
 _TEMPLATE = Path(__file__).with_name("card.md")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class Sizes(NamedTuple):
@@ -92,7 +92,7 @@ def write(
     if evaluation and not dataset:
         raise ValueError("evaluation says what was measured; dataset must say on what.")
     checkpoint, stored = Checkpoint(directory), stored_tensors(Path(directory))
-    called = name or Path(directory).absolute().name
+    called = " ".join((name or Path(directory).absolute().name).split())
     base = base_model if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else ""
     found = sizes(checkpoint, stored)
     served = dtype_name(checkpoint.scheme_of(checkpoint.layers[0]).weights.served_dtype)
@@ -127,8 +127,7 @@ def sizes(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> Sizes:
     weights = codes = 0
     for name in checkpoint.layers:
         spec = checkpoint.scheme_of(name).weights
-        leaves = formats.find(checkpoint.format_of(name)).tensors(spec)
-        size = stored[f"{name}.{next(one for one in CODES if one in leaves)}"].bytes
+        size = stored[f"{name}.{formats.codes_of(checkpoint.format_of(name), spec)}"].bytes
         codes += size
         weights += size * 8 // spec.bits
     plain = sum(stored[name].bytes for name in checkpoint.plain_tensors())
@@ -237,13 +236,14 @@ def _serving(checkpoint: Checkpoint, name: str) -> str:
     loaded_by = _engines(checkpoint)
     if not loaded_by:
         return f"No engine loads `{checkpoint.format}` from a folder: export in another format to serve it."
+    folder = shlex.quote(f"./{name}")
     schemes = [checkpoint.scheme_of(layer) for layer in checkpoint.layers]
     inputs = {(one.weights.format, one.activations.format) for one in schemes if one.activations is not None}
     fp8 = any(of_inputs == "fp8_e4m3" for _, of_inputs in inputs)
     cache = " --kv-cache-dtype fp8" if checkpoint.kv_cache else ""
     parts = []
     if "vLLM" in loaded_by:
-        parts.append(f"vLLM:\n\n```bash\nvllm serve ./{name}{cache}{' --enforce-eager' * fp8}\n```\n\n")
+        parts.append(f"vLLM:\n\n```bash\nvllm serve {folder}{cache}{' --enforce-eager' * fp8}\n```\n\n")
         if fp8:
             parts.append(
                 "Without `--enforce-eager` vLLM generates a quantizer of its own for the inputs, whose last bits "
@@ -256,8 +256,9 @@ def _serving(checkpoint: Checkpoint, name: str) -> str:
             )
     if "SGLang" in loaded_by:
         option = cache.replace("fp8", "fp8_e4m3")
-        parts.append(f"SGLang:\n\n```bash\npython -m sglang.launch_server --model-path ./{name}{option}\n```\n\n")
+        parts.append(f"SGLang:\n\n```bash\npython -m sglang.launch_server --model-path {folder}{option}\n```\n\n")
     if "transformers" in loaded_by:
+        quoted = json.dumps(f"./{name}", ensure_ascii=False)
         method = checkpoint.config["quantization_config"]["quant_method"]
         needs = {compressed_tensors.METHOD: "`compressed-tensors`", "gptq": "`optimum` and `gptqmodel`"}.get(method, "")
         exact = (
@@ -268,8 +269,8 @@ def _serving(checkpoint: Checkpoint, name: str) -> str:
         parts.append(
             f"transformers{f', with {needs} installed' if needs else ''}:{exact}\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("./{name}", dtype="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("./{name}")\n```\n\n'
+            f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n```\n\n"
         )
     if missing := [engine for engine in ("vLLM", "SGLang", "transformers") if engine not in loaded_by]:
         parts.append(f"Not loaded by: {', '.join(missing)}. ")

@@ -5,8 +5,8 @@ layer is then read a few rows at a time, quantized, read back from its words and
 with (C3), and written to its place in a file whose size was known beforehand. The bits are those of
 `lockstep.export.save_pretrained` of the loaded model, since both go through the same functions.
 
-Memory: a process holds about `pieces.CHUNK` weights at a time, or 128 rows if that is more, with some 50 bytes for each,
-whatever the model's, the shard's or the tensor's size. Formats that do not store a weight row by row (``gptq``,
+Memory: a process holds about `pieces.CHUNK` weights at a time, or 128 rows if that is more, with some 50 bytes for
+each, whatever the model's, the shard's or the tensor's size. Formats that do not store a weight row by row (``gptq``,
 ``marlin``) need that for a whole tensor; of a distributed checkpoint a whole tensor is held as it is stored.
 
 A kill loses the tensors that were under way. What is done stands beside the folder (``.NAME.resumable``) with a
@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from lockstep import grid
-from lockstep.export import card
 from lockstep.export.directory import EXPORTED, ExportError, check_destination, replacing
 from lockstep.export.legality import check_exportable
 from lockstep.export.masters import Stored, read_json, release, stored_tensors
@@ -52,7 +51,7 @@ from lockstep.export.pieces import (
     skeleton,
     wanted,
 )
-from lockstep.export.save import check_finite, checked, parse_bytes, quantization_config, write_folder
+from lockstep.export.save import check_finite, checked, parse_bytes, quantization_config, write_card, write_folder
 from lockstep.export.served import (
     quantized_layers,
 )
@@ -143,6 +142,11 @@ def convert(
         raise ValueError(f"workers={workers}: at least 1.")
     source = Path(source)
     described = Path(config_from) if config_from is not None else source
+    if (quantized := learned.ptq_report(source)) is not None and not quantized["servable"]:
+        raise ExportError(
+            f"{source} holds what {quantized['method']} makes, whose real zero points no format stores: evaluate the "
+            "folder as it is, or train from it."
+        )
     stored, trained = stored_tensors(source), _how_trained(source)
     model, loaded = skeleton(described, stored if source.is_dir() and described == source else None)
     if problem := other_class(model, described):
@@ -188,13 +192,7 @@ def convert(
         for name in shards:
             _link(partial / name, incomplete / name)
         reasons = {row.name: row.reason for row in report.skipped}
-        card.write(
-            incomplete,
-            name=target.name,
-            base_model=str(getattr(model, "name_or_path", "")),
-            trained=trained,
-            reasons=reasons,
-        )
+        write_card(model, incomplete, target, trained, reasons)
     # Not before the folder took its place: what stands in `incomplete` does not survive a kill.
     shutil.rmtree(partial, ignore_errors=True)
     read = sum(piece.source.bytes for piece in pieces)
@@ -254,7 +252,9 @@ def export_command(
 
 def _how_trained(source: Path) -> str:
     """What the masters tell of their training."""
-    state = source / "trainer_state.json"
+    quantized, state = learned.ptq_report(source), source / "trainer_state.json"
+    if quantized is not None:
+        return f"Not trained: quantized afterwards by lockstep ptq --method {quantized['method']}."
     steps = read_json(state).get("global_step") if state.is_file() else None
     return f"The masters are those of step {steps} of a Hugging Face Trainer." if steps else ""
 

@@ -67,6 +67,8 @@ PACKED: dict[str, Callable[[Tensor, TensorSpec, Quantizer], dict[str, Tensor]]] 
     "gptq": gptq.pack,
     "marlin": marlin.pack,
 }
+# Of the tensors of a quantized layer, those that hold its codes.
+_CODES = ("weight_packed", "qweight", "B", "weight")
 # Names for "each layer in the format of its own scheme".
 AUTO = (None, "auto", compressed_tensors.MIXED)
 
@@ -76,6 +78,12 @@ def find(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"no export format {name!r}: there are {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+def codes_of(format: str, spec: TensorSpec) -> str:
+    """What the tensor is called that holds the codes of a layer stored as `format`."""
+    leaves = find(format).tensors(spec)
+    return next(one for one in _CODES if one in leaves)
 
 
 def fitting(scheme: Scheme) -> tuple[str, ...]:

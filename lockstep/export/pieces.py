@@ -305,9 +305,10 @@ def pieces_of(
             pieces.append(Piece(want.name, found, held, served, want.key in parameters, (write,)))
             continue
         owner, scheme = want.name.removesuffix(".weight"), want.layer.scheme
-        beside = (f"{one}.{learned.KEY}" for one in (owner, want.layer.qualified_name))
+        beside = [f"{one}.{learned.KEY}" for one in (owner, want.layer.qualified_name)]
         learnt = next((stored[one] for one in beside if one in stored), None)
         _check_learned(owner, scheme, found.shape, learnt)
+        _check_ptq(found.path.parent, beside, scheme, learnt)
         writes = _layout(owner, scheme, by_layer[owner], found.shape)
         measured = want.layer.stored_scale()
         how = (scheme, by_layer[owner], _shares(want.layer), learnt, None if measured is None else measured.item())
@@ -404,8 +405,13 @@ def _check_learned(name: str, scheme: Scheme, shape: tuple[int, ...], learnt: St
             f"{name}.{learned.KEY} is {dtype_name(learnt.dtype)} {list(learnt.shape)}, {scheme} has float32 "
             f"{list(wanted)}: it was learned with another scheme."
         )
+
+
+def _check_ptq(folder: Path, keys: Iterable[str], scheme: Scheme, learnt: Stored | None) -> None:
+    scale = None if learnt is None else learnt.rows(0, learnt.shape[0])
     try:
-        learned.check_rule(learnt.path.parent, f"{name}.{learned.KEY}", spec)
+        for key in keys:
+            learned.check_ptq(folder, key, scheme.weights, scale)
     except ValueError as error:
         raise ExportError(str(error)) from None
 

@@ -607,10 +607,16 @@ def _finish(model: nn.Module, directory: Path, shards: list[Shard], format: str 
     write_folder(model, directory, shards, quantization_config(model, format), served, tokenizer)
 
 
-def write_card(model: nn.Module, written: Path, directory: str | Path, trained: str = "") -> None:
+def write_card(
+    model: nn.Module,
+    written: Path,
+    directory: str | Path,
+    trained: str = "",
+    reasons: Mapping[str, str] | None = None,
+) -> None:
     """The card of the export in `written`, which is to be called `directory`."""
     base = str(getattr(unwrapped(model), "name_or_path", ""))
-    card.write(written, name=Path(directory).absolute().name, base_model=base, trained=trained)
+    card.write(written, name=Path(directory).absolute().name, base_model=base, trained=trained, reasons=reasons)
 
 
 def write_folder(

@@ -55,4 +55,6 @@ def _percentile(weight: Tensor, spec: TensorSpec) -> Tensor:
     ordered, place = groups.sort(-1).values, PERCENTILES[spec.bits] * (groups.shape[-1] - 1)
     low = int(place)
     range = torch.lerp(ordered[..., low], ordered[..., min(low + 1, groups.shape[-1] - 1)], place - low)
-    return (range / RULES[spec.scale_rule].divisor).to(weight.dtype)
+    range = range.where(range > 0, ordered[..., -1])  # of a group that is nearly all zeros
+    scale = (range / RULES[spec.scale_rule].divisor).to(weight.dtype)
+    return scale.where(scale > 0, torch.finfo(weight.dtype).eps)  # which llm-compressor has for zeros

@@ -37,6 +37,7 @@ from lockstep.ptq.oneshot import config_groups, quiet
 from lockstep.ptq.rounded import Batches, Rounded, is_symmetric_integer, with_their_rule, working_dtype
 from lockstep.ptq.smoothquant import smoothquant
 from lockstep.qat.experts import QATExperts, experts, layout_of
+from lockstep.qat.learned import digest
 from lockstep.qat.observers import storing_layers
 from lockstep.qat.prepare import (
     PrepareReport,
@@ -145,6 +146,7 @@ class PTQResult:
             "learned_scales": self.learned_scales,
             "servable": self.servable,
             "seconds": self.seconds,
+            "scales": {key: digest(scale) for key, scale in self.scales.items()},
             "rows": [asdict(row) for row in self.rows],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,15 +219,15 @@ def quantize(
     began, wanted, batches = time.perf_counter(), Scheme.of(scheme), list(batches)
     _check(model, method, wanted, batches)
     targets, ignore = ((one,) if isinstance(one, str) else tuple(one) for one in (targets, ignore))
-    layers = _layers(model, wanted, targets, ignore)
     masters: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     of_library = method not in ("rtn", "hqq") and is_symmetric_integer(wanted.weights)
     served = with_their_rule(wanted) if of_library else wanted
+    if method != "rtn" and any(layout_of(module) for module in model.modules()):
+        raise ValueError(f"{method} does not quantize experts: this {type(model).__name__} has some. Use rtn.")
+    layers = _layers(model, served, targets, ignore, of_library)
     if method != "rtn":
-        if any(layout_of(module) for module in model.modules()):
-            raise ValueError(f"{method} does not quantize experts: this {type(model).__name__} has some. Use rtn.")
         work = _working_copy(model, working_dtype(wanted.weights))
         rounded = _run(method, work, layers, served, batches)
         for name, one in rounded.items():
@@ -270,13 +272,21 @@ def _check(model: nn.Module, method: str, scheme: Scheme, batches: Batches) -> N
         raise ValueError(f"quantize runs in one process, found {dist.get_world_size()} ranks: run it before them.")
     if any(True for _ in (*quantized_modules(model), *quantized_experts(model))):
         raise ValueError(f"this {type(model).__name__} is prepared: call lockstep.unprepare(model) first.")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"this {type(model).__name__} has adapters: quantize what merge_and_unload() returns.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.isfinite().all():
+            found = "is on meta, without values" if parameter.is_meta else "holds NaN or infinity"
+            raise ValueError(f"{name} {found}: there is nothing to quantize.")
     if len(places := {parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError(f"the model is on {', '.join(sorted(map(str, places)))}: quantize takes it on one device.")
 
 
-def _layers(model: nn.Module, scheme: Scheme, targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
+def _layers(
+    model: nn.Module, scheme: Scheme, targets: Sequence[str], ignore: Sequence[str], learned_scales: bool
+) -> list[str]:
     """The layers that `prepare` would switch, with its errors for those that cannot be."""
-    prepare(model, scheme, targets, ignore)
+    prepare(model, scheme, targets, ignore, learned_scales=learned_scales)
     try:
         return [name for name, _ in quantized_modules(model)]
     finally:
@@ -362,4 +372,5 @@ def _measured(model: nn.Module, result: PTQResult, batches: Batches, errors: dic
 
 def _error(served: Tensor, before: Tensor) -> float:
     before = before.to(served.device).float()
-    return ((served.float() - before).norm() / before.norm()).item()
+    difference = (served.float() - before).norm().item()
+    return difference / before.norm().item() if difference else 0.0  # weights of zeros have no norm

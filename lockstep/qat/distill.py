@@ -9,12 +9,17 @@ the gradient the same at every temperature (Hinton et al., arXiv:1503.02531). Th
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lockstep.qat.learned import PTQ_REPORT
+from lockstep.qat.prepare import quantized_experts, quantized_modules
 
 IGNORED = -100  # the label of a token that does not count, in torch and transformers
 METRICS = ("qat/kl", "qat/cross_entropy")
@@ -80,7 +85,8 @@ def distillation_loss(
         student_logits: ``[tokens, vocabulary]``, floating.
         teacher_logits: the same shape, floating; -inf is probability zero.
         labels: int64 ``[tokens]``, the next token of each, or `ignore_index` where it does not count.
-        kl_share, temperature: see `Teacher`.
+        kl_share: see `Teacher`.
+        temperature: see `Teacher`.
         num_items_in_batch: divides the sum over tokens; by default their count in `labels`, so the loss is their mean.
             Both as in transformers' ``ForCausalLMLoss``, so gradient accumulation and data parallelism stay right.
         ignore_index: see `labels`.
@@ -200,7 +206,7 @@ class Distillation:
 
     Raises:
         ValueError: the student is no such model, or has another loss; the teacher cannot be loaded, is partitioned by
-            ZeRO-3, is the student or shares parameters with it, or has another vocabulary.
+            ZeRO-3, is quantized, is the student or shares parameters with it, or has another vocabulary.
     """
 
     def __init__(self, teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -331,6 +337,17 @@ def _own_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return input_ids.masked_fill(attention_mask == 0, IGNORED)
 
 
+_ROUNDED = "a teacher that is rounded as its student teaches nothing. Give the model before quantization."
+
+
+def _check_before_rounding(folder: str) -> None:
+    """ValueError if ``lockstep ptq`` wrote `folder`, whose weights are then those of a quantized model."""
+    report = Path(folder) / PTQ_REPORT
+    method = json.loads(report.read_text(encoding="utf-8")).get("method") if report.is_file() else None
+    if method not in (None, "rtn"):  # which leaves the masters as they were
+        raise ValueError(f"teacher: {folder} is what {method} made ({PTQ_REPORT}): {_ROUNDED}")
+
+
 def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -340,6 +357,7 @@ def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtyp
     if not causal or student.loss_function is not ForCausalLMLoss:
         raise ValueError(f"{name} has a teacher, but is no causal language model of transformers with its own loss.")
     if isinstance(teacher.model, str):
+        _check_before_rounding(teacher.model)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(teacher.model, dtype=dtype)
         except (OSError, ValueError) as error:
@@ -351,12 +369,16 @@ def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtyp
             "the teacher is partitioned by DeepSpeed's ZeRO-3, and no engine gathers it: load it before "
             "TrainingArguments are made, and give the model instead of its folder."
         )
+    if unloaded := [key for key, one in model.named_parameters() if one.is_meta]:
+        raise ValueError(f"the teacher's {unloaded[0]} is on meta, without values: give a model that is loaded.")
     own = {id(one) for one in student.parameters()}
     if shared := [key for key, one in model.named_parameters() if id(one) in own]:
         raise ValueError(
             f"the teacher's {shared[0]} is the student's own: a teacher that changes with its student teaches nothing. "
             "Give the folder of the model before quantization, or a deep copy."
         )
+    if quantized := next((key for key, _ in (*quantized_modules(model), *quantized_experts(model))), None):
+        raise ValueError(f"the teacher's {quantized} is prepared: {_ROUNDED}")
     both: list[Any] = [model, student]
     sizes = [one.config.get_text_config().vocab_size for one in both]
     if sizes[0] != sizes[1]:

@@ -10,11 +10,12 @@ rounded to the scheme's scale dtype; no rule looks at the weight any more. With 
 
 It needs the optimizer to be made after `prepare`, and a parameter group for the scales, without weight decay. Adam's
 steps do not know how large a parameter is: give the group a rate of the weights' times the mean scale. With the
-weights' own rate they are destroyed within a few steps; an export refuses scales that became negative.
+weights' own rate they can be destroyed within a few steps; an export refuses scales that became negative.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -31,19 +32,43 @@ KEY = "weight_scale"
 PTQ_REPORT = "ptq.json"  # which ``lockstep ptq`` writes beside its scales
 
 
-def check_rule(folder: Path, name: str, spec: TensorSpec) -> None:
-    """ValueError if ``lockstep ptq`` wrote the scales in `folder` for codes of another rule than that of `spec`.
+def ptq_report(folder: Path) -> dict[str, Any] | None:
+    """What ``lockstep ptq`` says of `folder`, None if it did not write it. ValueError if that cannot be read."""
+    path = folder / PTQ_REPORT
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        _ = report["method"], report["servable"], report["rule"]["scale_rule"], dict(report["scales"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report of lockstep ptq: {type(error).__name__}: {error}.") from None
+    return report
+
+
+def check_ptq(folder: Path, key: str, spec: TensorSpec, scale: Tensor | None) -> None:
+    """ValueError if `scale` is not what ``lockstep ptq`` wrote in `folder` as `key`, for the rule of `spec`.
+
+    None where the folder stores no such scale.
 
     Under "amax/7" the code -8, which llm-compressor uses, would become -7.
     """
-    if not (folder / PTQ_REPORT).is_file():
+    report = ptq_report(folder)
+    noted = None if report is None else report["scales"].get(key)
+    if report is None or noted is None:
         return
-    rule = json.loads((folder / PTQ_REPORT).read_text(encoding="utf-8"))["rule"]["scale_rule"]
-    if rule != spec.scale_rule:
+    if scale is None or digest(scale) != noted:
+        found = "is not there" if scale is None else "is not what it was"
+        raise ValueError(f"{folder}: {key}, which lockstep ptq wrote, {found}. Run it again.")
+    if (rule := report["rule"]["scale_rule"]) != spec.scale_rule:
         raise ValueError(
-            f"{name}: the scales in {folder} are for scale_rule {rule!r}, asked is {spec.scale_rule!r}. Give the "
+            f"{key}: the scales in {folder} are for scale_rule {rule!r}, asked is {spec.scale_rule!r}. Give the "
             f"scheme that {PTQ_REPORT} there has."
         )
+
+
+def digest(scale: Tensor) -> str:
+    """SHA-256 of fp32 scales."""
+    return hashlib.sha256(scale.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def initial_scale(weight: Tensor, spec: TensorSpec) -> Tensor:

@@ -89,7 +89,10 @@ def dampen(model: nn.Module, strength: float, parameters: Collection[Tensor]) ->
             scale lies on several ranks.
     """
     wanted = {id(one) for one in parameters}
-    found = [one for one in _trained(model) if id(one[0]) in wanted and one[0].grad is not None]
+    trained = [one for one in _trained(model) if id(one[0]) in wanted]
+    if trained and all(one.grad is None for one in parameters):
+        return  # the step is held back, as `lockstep.callbacks.LossSpikeCallback` does it
+    found = [one for one in trained if one[0].grad is not None]
     if not found:
         raise ValueError(
             "dampening: no quantized weight has a gradient at the optimizer's step. DeepSpeed and FSDP1 keep gradients "

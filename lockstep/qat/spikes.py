@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,17 +118,14 @@ def squared_norms(parameters: Sequence[nn.Parameter], sharded: bool = False) -> 
         assert grad is not None
         pieces = 1 if not sharded else ranks
         if isinstance(grad, DTensor):
-            cut = [size for size, how in zip(grad.device_mesh.shape, grad.placements, strict=True) if _cut(how)]
-            grad, pieces = grad.to_local(), math.prod(cut)
+            placed = zip(grad.device_mesh.shape, grad.placements, strict=True)
+            pieces = math.prod(size for size, how in placed if isinstance(how, Shard))
+            grad = grad.to_local()
         gradients.append(grad.detach().float() if grad.dtype != torch.float32 else grad.detach())
         shares.append(pieces / ranks)
     norms = torch.stack([norm.to(found.device) for norm in torch._foreach_norm(gradients)])
     found[having] = norms.square() * torch.tensor(shares, device=found.device)
     return found
-
-
-def _cut(placement: Any) -> bool:
-    return isinstance(placement, Shard)
 
 
 def worst_layers(names: Sequence[str], squares: Sequence[float]) -> str:

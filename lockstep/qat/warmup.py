@@ -10,8 +10,8 @@ Three kinds. Of each, ``t / steps`` is done at step t:
 * ``"bits"``: INT4 weights train as INT8 in the same groups until `steps`, and then as they are served.
 
 Evaluation, in eval mode without gradients, runs on what is served. Layers that warm up and are not yet, or not
-wholly, on the grid multiply in an ordinary GEMM and keep its operand, half as much again as bf16 weights take, until
-the backward. From `steps` on a layer is again what `lockstep.prepare` made of it, bit for bit.
+wholly, on the grid multiply in an ordinary GEMM and keep its operand until the backward: as much as bf16 weights take.
+From `steps` on a layer is again what `lockstep.prepare` made of it, bit for bit.
 
 The random groups come from torch's generator of the layer's device, as a dropout's: they follow from
 ``torch.manual_seed``, an activation checkpoint's recomputation draws the same, and ranks draw alike if their seeds are.
@@ -92,7 +92,7 @@ class Schedule:
         """Make the layers compute as they do in optimizer step `step` of it, from 0. Whether they still warm up."""
         if self.warmup.kind == "noise":
             self._noise.share.fill_(min(step / self.warmup.steps, 1))
-        kinds: dict[Kind, Warming] = {"layers": PLAIN, "noise": self._noise, "bits": EIGHT_BITS}
+        kinds: dict[Kind, Warming] = {"layers": plain, "noise": self._noise, "bits": as_int8}
         done = self._done(step)
         for number, unit in enumerate(self._units):
             for layer in unit:
@@ -114,11 +114,9 @@ def stop(model: nn.Module) -> None:
         vars(layer).pop("warmup", None)
 
 
-class Plain:
+def plain(layer: QATLinear, x: Tensor, bias: Tensor | None) -> Tensor:
     """In full precision."""
-
-    def __call__(self, layer: QATLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, layer.weight.to(x.dtype), bias)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 class Noise:
@@ -140,16 +138,11 @@ class Noise:
         return torch.rand(shape, device=device) < self.share
 
 
-class EightBits:
+def as_int8(layer: QATLinear, x: Tensor, bias: Tensor | None) -> Tensor:
     """On INT8 weights in the groups of the INT4 ones, with inputs as the scheme has them."""
-
-    def __call__(self, layer: QATLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        served = _served(layer, Scheme(eight_bits(layer.scheme.weights)), None).to(x.dtype)
-        weight = _StraightThrough.apply(layer.weight, served, None)
-        return F.linear(_input(layer, x, None), weight, bias)
-
-
-PLAIN, EIGHT_BITS = Plain(), EightBits()
+    served = _served(layer, Scheme(eight_bits(layer.scheme.weights)), None).to(x.dtype)
+    weight = _StraightThrough.apply(layer.weight, served, None)
+    return F.linear(_input(layer, x, None), weight, bias)
 
 
 def eight_bits(spec: TensorSpec) -> TensorSpec:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,8 @@ class Evaluation:
         perplexity: exp of the mean cross-entropy in nats.
         accuracy: share of tokens that are the model's most likely one.
         exact_line: share of `lines` that greedy decoding would have written token for token.
-        lines: how many lines were asked for: those that begin in the second half of a block and end within it.
+        lines: how many lines were asked for: those of more than a token that begin in the second half of a block and
+            end within it.
         agreement: share of tokens whose most likely one is also the reference's; None without a reference.
         kl: mean KL(reference || model) in nats; None without a reference.
     """
@@ -63,38 +63,46 @@ def evaluate(
         line_ends: `line_ends_of` the tokenizer, int64 ``[vocabulary]``.
         reference: the model that `agreement` and `kl` are with.
         batch_size: blocks in a forward pass.
+
+    Raises:
+        ValueError: there is no next token in `blocks`.
     """
+    if not blocks[:, 1:].numel():
+        raise ValueError(f"blocks {list(blocks.shape)}: there is no next token to predict.")
     device = next(model.parameters()).device
     line_ends = line_ends.to(device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # cross-entropy, hits, agreements, KL
     exact = lines = 0
-    with as_served(model, SERVED), nullcontext() if reference is None else as_served(reference, SERVED):
-        for batch in blocks.split(batch_size):
-            batch = batch.to(device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            others = None
-            if reference is not None:
-                others = reference(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            labels = batch[:, 1:].flatten()
-            found = []
-            for start in range(0, len(labels), ROWS):
-                rows = slice(start, start + ROWS)
-                log_probs = logits[rows].float().log_softmax(-1)
-                found.append(log_probs.argmax(-1))
-                sums[0] -= log_probs.gather(-1, labels[rows, None]).double().sum()
-                if others is not None:
-                    expected = others[rows].float().log_softmax(-1)
-                    sums[2] += (found[-1] == expected.argmax(-1)).sum()
-                    sums[3] += (expected.exp() * (expected - log_probs)).double().sum()
-            best = torch.cat(found)
-            sums[1] += (best == labels).sum()
-            right, asked = _exact_lines(best.view(len(batch), -1), batch, line_ends)
-            exact, lines = exact + right, lines + asked
+    for batch in blocks.split(batch_size):
+        batch = batch.to(device)
+        logits = _logits(model, batch)
+        others = None if reference is None else _logits(reference, batch)
+        labels = batch[:, 1:].flatten()
+        found = []
+        for start in range(0, len(labels), ROWS):
+            rows = slice(start, start + ROWS)
+            log_probs = logits[rows].float().log_softmax(-1)
+            found.append(log_probs.argmax(-1))
+            sums[0] -= log_probs.gather(-1, labels[rows, None]).double().sum()
+            if others is not None:
+                expected = others[rows].float().log_softmax(-1)
+                sums[2] += (found[-1] == expected.argmax(-1)).sum()
+                sums[3] += (expected.exp() * (expected - log_probs)).double().sum()
+        best = torch.cat(found)
+        sums[1] += (best == labels).sum()
+        right, asked = _exact_lines(best.view(len(batch), -1), batch, line_ends)
+        exact, lines = exact + right, lines + asked
     tokens = blocks.shape[0] * (blocks.shape[1] - 1)
     loss, hits, agreements, kl = (sums / tokens).tolist()
     shared = (agreements, kl) if reference is not None else (None, None)
     perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
     return Evaluation(tokens, perplexity, hits, exact / max(1, lines), lines, *shared)
+
+
+def _logits(model: Any, blocks: Tensor) -> Tensor:
+    """For each next token ``[B * (T - 1), vocabulary]``, in the precision of `model` and of no other beside it."""
+    with as_served(model, SERVED):
+        return model(input_ids=blocks, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def line_ends_of(tokenizer: Any) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lockstep.export.card import MIB
 from lockstep.report.sources import Curve, Found, Row, Study
 
 CLOSE = 1.0  # percent of perplexity over bf16 up to which a model counts as "nearly as good"
+LEAD = 0.5  # percent: a smaller lead of one run over one other is no lead
 MEASURED = ("perplexity", "accuracy", "agreement", "kl", "exact_line", "parses", "served_perplexity")
 PER_RUN = (
     "weight_bytes",
@@ -25,6 +26,11 @@ PER_RUN = (
 LOSSES = ("train/loss", "train_loss", "train_loss_step", "loss")
 VALIDATION = ("val/loss", "val_loss", "eval/loss", "eval_loss")
 PERPLEXITIES = ("val/perplexity", "val_perplexity", "eval/perplexity", "eval_perplexity", "perplexity")
+DIVERGENCE, CROSS_ENTROPY = "qat/kl", "qat/cross_entropy"
+SPIKES = "spike/count"
+
+
+ONE_EACH = f"within {LEAD:g} %, and one run each: no spread is known"
 
 
 class Spread(NamedTuple):
@@ -38,6 +44,11 @@ class Spread(NamedTuple):
         """None if nothing was measured."""
         known = [value for value in values if value is not None]
         return cls(mean(known), stdev(known) if len(known) > 1 else None) if known else None
+
+    def words(self, form: str) -> str:
+        """``mean ± deviation``."""
+        around = "" if self.deviation is None else f" ± {format(self.deviation, form.lstrip('+'))}"
+        return format(self.mean, form) + around
 
 
 @dataclass(frozen=True)
@@ -130,12 +141,18 @@ def _cost(row: Row, every: Sequence[Row]) -> float | None:
     return row.train_seconds / row.train_tokens / per_token
 
 
+def measure(found: Sequence[Line]) -> str:
+    """What lines are ranked by: the increase over bf16, paired by seed, or the perplexity where no bf16 is known."""
+    return "increase" if any("increase" in one.values for one in found) else "perplexity"
+
+
 def front(found: Sequence[Line]) -> list[Line]:
-    """The lines that no other beats in both bytes and perplexity, from the smallest to the largest."""
-    measured = [one for one in found if one.mean("perplexity") is not None and one.mean("weight_bytes") is not None]
+    """The lines that no other beats in both bytes and `measure`, from the smallest to the largest."""
+    ranked_by = measure(found)
+    measured = [one for one in found if ranked_by in one.values and "weight_bytes" in one.values]
 
     def place(line: Line) -> tuple[float, float]:
-        return line.values["weight_bytes"].mean, line.values["perplexity"].mean
+        return line.values["weight_bytes"].mean, line.values[ranked_by].mean
 
     best, kept = math.inf, []
     for line in sorted(measured, key=place):
@@ -164,7 +181,7 @@ def sentences(found: Found) -> list[str]:
         )
     if found.alignments:
         said.append(_of_alignments(found))
-    return said
+    return said + [_of_ptq(report.content) for report in found.ptqs] + _of_spikes(found.curves)
 
 
 def warnings(found: Found) -> list[str]:
@@ -186,6 +203,9 @@ def warnings(found: Found) -> list[str]:
                 )
             if row.aligned is False:
                 said.append(f"{row.label}, seed {row.seed}: its export is not aligned with what was trained.")
+        for line in every:
+            if twice := {seed for seed in line.seeds if line.seeds.count(seed) > 1}:
+                said.append(f"{line.label} has seed {min(twice)} more than once: its spread is not that over seeds.")
         alone = [line.label for line in every if line.mean("train_seconds") and len(line.seeds) < 2]
         if alone:
             said.append(f"One seed only, so no spread is known: {_listed(alone)}.")
@@ -206,26 +226,38 @@ def warnings(found: Found) -> list[str]:
 
 
 class Winner(NamedTuple):
-    """The best line of a format, the `next` if there is one, and whether they are `clear` of the seeds' spread."""
+    """The best line of a format, the `next` if there is one, and the `doubt` about its lead, in words or empty."""
 
     best: Line
     next: Line | None
-    clear: bool
+    doubt: str
 
 
 def winners(found: Sequence[Line]) -> list[Winner]:
     """The line with the least increase of each format, in the order of the lines."""
     by_format: dict[str, list[Line]] = {}
-    for line in found:
-        if line.format and line.baseline != "bf16" and "increase" in line.values:
+    for line in _quantized(found):
+        if line.format and "increase" in line.values:
             by_format.setdefault(line.format, []).append(line)
     won = []
     for lines_of_it in by_format.values():
         best, *rest = sorted(lines_of_it, key=_increase_of)
-        second = rest[0] if rest else None
-        noise = sum(one.values["increase"].deviation or 0 for one in (best, second) if one)
-        won.append(Winner(best, second, second is None or _increase_of(second) - _increase_of(best) > noise))
+        won.append(Winner(best, rest[0], _doubt(best, rest[0])) if rest else Winner(best, None, ""))
     return won
+
+
+def _doubt(best: Line, second: Line) -> str:
+    lead = _increase_of(second) - _increase_of(best)
+    known = [deviation for one in (best, second) if (deviation := one.values["increase"].deviation) is not None]
+    if not known:
+        return ONE_EACH if lead < LEAD else ""
+    return "within the spread of the seeds" if lead <= sum(known) else ""
+
+
+def _quantized(found: Sequence[Line]) -> list[Line]:
+    """Without bf16 and what is of its format, such as the model before it was trained."""
+    plain = {line.format for line in found if line.baseline == "bf16" and line.format}
+    return [line for line in found if line.baseline != "bf16" and line.format not in plain]
 
 
 def _of_study(study: Study) -> list[str]:
@@ -233,7 +265,7 @@ def _of_study(study: Study) -> list[str]:
     bf16 = [line for line in every if line.baseline == "bf16" and "perplexity" in line.values]
     reference = max(bf16, key=lambda line: line.mean("train_tokens") or 0, default=None)
     against = f" against {reference.label} (perplexity {reference.values['perplexity'].mean:.4g})" if reference else ""
-    methods = [line for line in every if line.baseline != "bf16"]
+    methods = _quantized(every)
     formats = dict.fromkeys(line.format for line in methods if line.format)
     seeds = max(len(line.seeds) for line in every)
     spread = f", up to {seeds} seeds each" if seeds > 1 else ""
@@ -242,7 +274,8 @@ def _of_study(study: Study) -> list[str]:
 
 
 def _most_won(won: Sequence[Winner]) -> list[str]:
-    """Which methods win, and what the best of them wins back."""
+    """Which methods win where there is another, and what the best of them wins back."""
+    won = [one for one in won if one.next is not None]
     if not won:
         return []
     counts: dict[str, int] = {}
@@ -250,11 +283,13 @@ def _most_won(won: Sequence[Winner]) -> list[str]:
         counts[one.best.method or one.best.label] = counts.get(one.best.method or one.best.label, 0) + 1
     named = ", ".join(f"{name} in {count} of {_count(len(won), 'format')}" for name, count in counts.items())
     said = [f"Lowest perplexity at equal bytes: {named}."]
-    backs = {one.best.label: one.best.values["won_back"].mean for one in won if "won_back" in one.best.values}
+    if doubtful := [one.best.format for one in won if one.doubt]:
+        said.append(f"No clear lead over the next in {_listed(doubtful)}, see below.")
+    backs = {one.best.label: one.best.values["won_back"] for one in won if "won_back" in one.best.values}
     if backs:
         low, high = min(backs, key=backs.__getitem__), max(backs, key=backs.__getitem__)
-        least = f"{backs[low]:.1f} % ({low}) to " if low != high else ""
-        said.append(f"Of what rounding to nearest loses they win back {least}{backs[high]:.1f} % ({high}).")
+        least = f"{backs[low].words('.1f')} % ({low}) to " if low != high else ""
+        said.append(f"Of what rounding to nearest loses they win back {least}{backs[high].words('.1f')} % ({high}).")
     return said
 
 
@@ -272,7 +307,7 @@ def _smallest(methods: Sequence[Line], reference: Line | None) -> list[str]:
     share = f", {best.values['weight_bytes'].mean / full:.0%} of bf16's bytes" if full else ""
     return [
         f"Best quality for its bytes: the smallest within {CLOSE:g} % of bf16's perplexity is {best.label} "
-        f"({best.values['weight_bytes'].mean / MIB:,.1f} MiB{share}): {_increase_of(best):+.2f} %."
+        f"({best.values['weight_bytes'].mean / MIB:,.1f} MiB{share}): {best.values['increase'].words('+.2f')} %."
     ]
 
 
@@ -289,19 +324,78 @@ def metric(curves: Iterable[Curve], names: Sequence[str]) -> dict[str, Curve]:
     return found
 
 
+def training(curves: Sequence[Curve]) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """The training losses of the runs without a teacher, and of those with one: divergences, no cross-entropies."""
+    taught = metric(curves, (DIVERGENCE,))
+    losses = metric(curves, LOSSES)
+    alone = {run: curve for run, curve in losses.items() if run not in taught}
+    return alone, {run: curve for run, curve in losses.items() if run in taught}
+
+
+def of_runs(curves: Sequence[Curve]) -> dict[str, dict[str, Curve]]:
+    """What the runs are compared in, by its words; then by the run."""
+    alone, taught = training(curves)
+    found = {
+        "training loss, last": alone,
+        "training loss of distillation, last": taught,
+        "KL from the teacher, nats, last": metric(curves, (DIVERGENCE,)),
+        "cross-entropy beside it, nats, last": metric(curves, (CROSS_ENTROPY,)),
+        "validation loss, last": metric(curves, VALIDATION),
+        "validation perplexity, last": metric(curves, PERPLEXITIES),
+        "SQNR of the weights, dB": metric(curves, ("qat/sqnr_db/mean",)),
+        "codes flipped since the last look": metric(curves, ("qat/code_flips/mean",)),
+        "codes that changed back": metric(curves, ("qat/oscillation/mean",)),
+        "codes at the ends": metric(curves, ("qat/saturation/mean",)),
+    }
+    return {words: of_run for words, of_run in found.items() if of_run}
+
+
 def _of_runs(curves: Sequence[Curve]) -> list[str]:
-    """Which run ended with the lowest validation loss, or training loss where none was validated."""
-    for names in (VALIDATION, PERPLEXITIES, LOSSES):
-        ends = {run: curve.points[-1][1] for run, curve in metric(curves, names).items()}
-        ends = {run: value for run, value in ends.items() if math.isfinite(value)}
-        if ends:
-            best, what = min(ends, key=ends.__getitem__), metric(curves, names)
-            end = f"{what[best].metric} is {ends[best]:.4g} at the end"
-            if len(ends) == 1:
-                return [f"One run, {best}: {end}."]
-            rest = ", ".join(f"{run} {value:.4g}" for run, value in sorted(ends.items(), key=lambda one: one[1])[1:4])
-            return [f"{len(ends)} runs were compared; {best} is best: {end} (next: {rest})."]
-    return []
+    """Which run ended best by validation; by training loss only if none was validated and none had a teacher."""
+    every = dict.fromkeys(run for of_run in of_runs(curves).values() for run in of_run)
+    alone, taught = training(curves)
+    validated = max((metric(curves, names) for names in (VALIDATION, PERPLEXITIES)), key=len)
+    said = f"{_count(len(every), 'run')} {'was' if len(every) == 1 else 'were'} compared"
+    if not validated and taught:
+        why = (
+            "their training losses are divergences from a teacher"
+            if len(every) == len(taught)
+            else ("the training losses of those with a teacher are divergences from it, of the others cross-entropies")
+        )
+        return [f"{said}; none logs a validation loss, and {why}, so none is called best."]
+    compared = validated or alone
+    ends = {run: curve.points[-1][1] for run, curve in compared.items() if math.isfinite(curve.points[-1][1])}
+    if not ends:
+        return []
+    best, *rest = sorted(ends, key=ends.__getitem__)
+    end = f"{compared[best].metric} is {ends[best]:.4g} at the end"
+    if len(every) == 1:
+        return [f"One run, {best}: {end}."]
+    if len(ends) < len(every):
+        said += f", {len(ends)} of them by {'validation' if validated else 'training'} loss"
+    if not rest:
+        return [f"{said}: {best}, {end}."]
+    following = f"(next: {', '.join(f'{run} {ends[run]:.4g}' for run in rest[:3])})"
+    what = "best" if validated else "lowest in training, and none was validated"
+    if ends[rest[0]] - ends[best] < LEAD / 100 * abs(ends[best]):
+        what = f"lowest, but {ONE_EACH}"
+    return [f"{said}; {best} is {what}: {end} {following}."]
+
+
+def _of_spikes(curves: Sequence[Curve]) -> list[str]:
+    counts = {run: max(value for _, value in curve.points) for run, curve in metric(curves, (SPIKES,)).items()}
+    named = ", ".join(f"{_count(int(count), 'loss spike')} in {run}" for run, count in counts.items())
+    return [f"Noticed while training: {named}."] if named else []
+
+
+def _of_ptq(content: Mapping[str, Any]) -> str:
+    """What `lockstep ptq` did, and where it hurts."""
+    worst = sorted(content["rows"], key=lambda row: -row["error"])[:3]
+    errors = ", ".join(f"{row['name']} {row['error']:.2%}" for row in worst)
+    return (
+        f"Post-training {content['method']} as {content['scheme']} took {content['seconds']:.1f} s for "
+        f"{_count(len(content['rows']), 'layer')}; largest errors of a weight: {errors}."
+    )
 
 
 def _of_alignments(found: Found) -> str:

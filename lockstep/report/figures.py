@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, ParamSpec
 
 from lockstep.align.html import svg
 from lockstep.export.card import MIB
-from lockstep.report.compare import Line
+from lockstep.report.compare import Line, measure
 from lockstep.report.sources import Stored
 
 INK = "#1b1f24"  # stands for the page's text colour
@@ -38,6 +38,7 @@ _RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "legend.frameon": False,
+    "text.parse_math": False,  # labels are people's own
 }
 
 P = ParamSpec("P")
@@ -69,8 +70,9 @@ def tradeoff(lines: Sequence[Line], front: Sequence[Line]) -> Any:
     """Each line's perplexity over its bytes; those of `front` are numbered from 1 and joined."""
     from matplotlib.figure import Figure
 
-    measure = _measure(lines)
-    shown = [one for one in lines if "weight_bytes" in one.values and measure in one.values and one.baseline != "bf16"]
+    ranked_by = measure(lines)
+    sized = [one for one in lines if "weight_bytes" in one.values and one.baseline != "bf16"]
+    shown = [one for one in sized if ranked_by in one.values]
     figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = figure.add_subplot()
     for method, (colour, marker) in method_styles(lines).items():
@@ -78,8 +80,8 @@ def tradeoff(lines: Sequence[Line], front: Sequence[Line]) -> Any:
         if of_method:
             axes.errorbar(
                 [one.values["weight_bytes"].mean / MIB for one in of_method],
-                [one.values[measure].mean for one in of_method],
-                [one.values[measure].deviation or 0 for one in of_method],
+                [one.values[ranked_by].mean for one in of_method],
+                [one.values[ranked_by].deviation or 0 for one in of_method],
                 color=colour,
                 fmt=marker,
                 markersize=6,
@@ -87,7 +89,7 @@ def tradeoff(lines: Sequence[Line], front: Sequence[Line]) -> Any:
                 label=method,
             )
     joined = [one for one in front if one in shown]
-    places = [(one.values["weight_bytes"].mean / MIB, one.values[measure].mean) for one in joined]
+    places = [(one.values["weight_bytes"].mean / MIB, one.values[ranked_by].mean) for one in joined]
     if places:
         axes.step(
             *zip(*places, strict=True), where="post", color=INK, linewidth=1, zorder=1, label="best for its bytes"
@@ -95,11 +97,11 @@ def tradeoff(lines: Sequence[Line], front: Sequence[Line]) -> Any:
     for number, place in enumerate(places, 1):
         axes.annotate(str(number), place, (-5, -5), textcoords="offset points", ha="right", va="top", weight="bold")
     reference = [one for one in lines if one.baseline == "bf16" and "weight_bytes" in one.values]
-    if reference and measure == "increase":
+    if reference and ranked_by == "increase":
         size = reference[0].values["weight_bytes"].mean / MIB
         axes.axhline(0, color=INK, linestyle="--", linewidth=1, label=f"bf16, {size:,.0f} MiB")
-    axes.set(xlabel="bytes of the weights, MiB", ylabel=_AXIS[measure])
-    _plain_ticks(axes.yaxis, [one.values[measure].mean for one in shown], axes.set_yscale)
+    axes.set(xlabel="bytes of the weights, MiB", ylabel=_AXIS[ranked_by])
+    _plain_ticks(axes.yaxis, [one.values[ranked_by].mean for one in shown], axes.set_yscale)
     axes.margins(0.08)
     for size, formats in _columns(shown).items():
         words = ", ".join(formats)
@@ -126,13 +128,13 @@ def by_format(lines: Sequence[Line]) -> Any:
     """A dot for each line, best on top of its format, with the spread over the seeds."""
     from matplotlib.figure import Figure
 
-    measure, styles = _measure(lines), method_styles(lines)
-    shown = [one for one in lines if measure in one.values and one.baseline != "bf16"]
+    ranked_by, styles = measure(lines), method_styles(lines)
+    shown = [one for one in lines if ranked_by in one.values and one.baseline != "bf16"]
     formats = list(dict.fromkeys(one.format or "format not told" for one in shown))
     entries: list[Line | str] = []
     for name in formats:
         of_format = [one for one in shown if (one.format or "format not told") == name]
-        entries += [name, *sorted(of_format, key=lambda one: one.values[measure].mean)]
+        entries += [name, *sorted(of_format, key=lambda one: one.values[ranked_by].mean)]
     figure = Figure(figsize=(WIDTH, 0.9 + 0.23 * len(entries)), layout="constrained")
     axes = figure.add_subplot()
     for place, entry in enumerate(entries):
@@ -140,7 +142,7 @@ def by_format(lines: Sequence[Line]) -> Any:
             axes.axhspan(place - 0.5, place + 0.5, color="#888888", alpha=0.15, linewidth=0)
             continue
         colour, marker = styles[entry.method]
-        spread = entry.values[measure]
+        spread = entry.values[ranked_by]
         axes.errorbar(spread.mean, place, xerr=spread.deviation or 0, color=colour, fmt=marker, markersize=6, capsize=3)
     labels = [entry if isinstance(entry, str) else entry.label for entry in entries]
     axes.set_yticks(range(len(entries)), labels)
@@ -148,20 +150,16 @@ def by_format(lines: Sequence[Line]) -> Any:
         label.set_fontweight("bold" if isinstance(entry, str) else "normal")
     axes.tick_params("y", length=0)
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    if measure == "increase":
+    if ranked_by == "increase":
         axes.axvline(0, color=INK, linestyle="--", linewidth=1)
-    axes.set_xlabel(_AXIS[measure])
+    axes.set_xlabel(_AXIS[ranked_by])
     axes.grid(False, axis="y")
-    _plain_ticks(axes.xaxis, [one.values[measure].mean for one in shown], axes.set_xscale)
+    _plain_ticks(axes.xaxis, [one.values[ranked_by].mean for one in shown], axes.set_xscale)
     axes.margins(x=0.05)
     return figure
 
 
 _AXIS = {"increase": "perplexity over bf16 with the same tokens, %", "perplexity": "perplexity"}
-
-
-def _measure(lines: Sequence[Line]) -> str:
-    return "increase" if any("increase" in one.values for one in lines) else "perplexity"
 
 
 def method_styles(lines: Sequence[Line]) -> dict[str, tuple[str, str]]:
@@ -277,23 +275,26 @@ def place(layer: str) -> Place | None:
 
 @themed
 def layer_maps(runs: Mapping[str, Mapping[str, float]], words: str, worst_is_low: bool) -> Any:
-    """For each run, up to `MAPS` of them, what `words` names, by block and kind of layer; of experts the worst."""
+    """For each run, up to `MAPS` of them, what `words` names, by block and kind of layer; of experts the worst.
+
+    Runs without finite values are left out; None if no other is there.
+    """
     from matplotlib.figure import Figure
 
     worst = min if worst_is_low else max
     maps: dict[str, dict[Place, float]] = {}
-    for run, layers in list(runs.items())[:MAPS]:
+    for run, layers in runs.items():
         cells: dict[Place, float] = {}
         for name, value in layers.items():
-            if (where := place(name)) is not None:
+            if math.isfinite(value) and (where := place(name)) is not None:
                 cells[where] = worst(cells.get(where, value), value)
-        if cells:
+        if cells and len(maps) < MAPS:
             maps[run] = cells
     if not maps:
         return None
     kinds = list(dict.fromkeys(where.kind for cells in maps.values() for where in cells))
     blocks = sorted({where.number for cells in maps.values() for where in cells})
-    values = [value for cells in maps.values() for value in cells.values() if math.isfinite(value)]
+    values = [value for cells in maps.values() for value in cells.values()]
     figure = Figure(figsize=(WIDTH, 0.7 + len(maps) * (0.55 + 0.24 * len(kinds))), layout="constrained")
     panels = figure.subplots(len(maps), 1, squeeze=False, sharex=True)[:, 0]
     low, high = min(values, default=0), max(values, default=1)

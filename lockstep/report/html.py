@@ -14,9 +14,10 @@ from lockstep.align.page import figure as gap_figure
 from lockstep.export.card import MIB
 from lockstep.report import compare, figures
 from lockstep.report.compare import Line, Spread
-from lockstep.report.sources import Found, Report, Study
+from lockstep.report.sources import UNREADABLE, Found, Report, Study, in_a_line
 
 WORST = 10  # layers, in the tables
+ENTRIES = 4  # of a list in the environment; longer ones are left out
 STYLE = """
 :root { color-scheme: light dark }
 body { background: #fff } h2 { border-bottom: 1px solid #8886; padding-bottom: .2rem } h3 { font-size: 1rem }
@@ -42,10 +43,32 @@ td { white-space: nowrap } td:first-child, .text td { white-space: normal; overf
 
 
 def page(found: Found, title: str) -> str:
-    """Everything in `found` as HTML; sections without data are left out."""
+    """Everything in `found` as HTML; sections without data are left out.
+
+    Files of a known kind that cannot be shown, as other versions wrote them maybe, go to `found.damaged`.
+    """
+    _set_illegible_apart(found)
     sections = (_top, _studies, _runs, _curves, _layers, _alignment, _gaps, _sizes, _cost, _commands)
     body = "\n".join(section for make in sections if (section := make(found)))
     return document(title, f"<h1>{escape(title)}</h1>\n{body}", STYLE)
+
+
+def _set_illegible_apart(found: Found) -> None:
+    shown: dict[str, Callable[[Found], object]] = {
+        "studies": lambda one: (_top(one), _studies(one), _curves(one), _layers(one), _cost(one), _commands(one)),
+        "alignments": lambda one: (_top(one), _alignment(one), _commands(one)),
+        "calibrations": _layers,
+        "ptqs": lambda one: (_top(one), _layers(one)),
+        "sensitivities": _layers,
+        "plans": _sizes,
+    }
+    for kind, show in shown.items():
+        for one in list(getattr(found, kind)):
+            try:
+                show(Found(**{kind: [one]}))
+            except UNREADABLE as error:
+                getattr(found, kind).remove(one)
+                found.damaged.append(f"{one.path}: {in_a_line(error)}")
 
 
 # What pages are made of ----------------------------------------------------------------------------------------------
@@ -88,16 +111,16 @@ def _winners(found: Found) -> str:
     rows = []
     for study in found.studies:
         for one in compare.winners(compare.lines(study)):
-            size, back = one.best.mean("weight_bytes"), one.best.mean("won_back")
+            size, back = one.best.mean("weight_bytes"), one.best.values.get("won_back")
             after = "the only row" if one.next is None else f"{escape(one.next.label)}, {_over(one.next)}"
-            near = "" if one.clear else "<small>within the spread of the seeds</small>"
+            near = f"<small>{one.doubt}</small>" if one.doubt else ""
             rows.append(
                 (
                     escape(one.best.format),
                     "" if size is None else f"{size / MIB:,.1f}",
                     f"<b>{escape(one.best.label)}</b>",
                     _over(one.best),
-                    _number(back, ".1f"),
+                    back.words(".1f") if back else "",
                     after + near,
                 )
             )
@@ -106,7 +129,7 @@ def _winners(found: Found) -> str:
 
 
 def _over(line: Line) -> str:
-    return f"{line.values['increase'].mean:+.2f} %"
+    return f"{line.values['increase'].words('+.2f')} %"
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], float], str], ...] = (
@@ -129,7 +152,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], float], str], ...] = (
 _LEGEND = (
     "Mean over the seeds ± standard deviation. Over bf16: the perplexity against the bf16 model that has seen as many "
     "tokens. Won back: the share of what rounding to nearest loses in this format, so that 100 % is bf16. Time "
-    "a token: of training, over plain fine-tuning's. The best perplexity of each format is bold."
+    "a token: of training, over plain fine-tuning's. The best of each format is bold."
 )
 
 
@@ -147,15 +170,16 @@ def _studies(found: Found) -> str:
 def _comparison(lines: Sequence[Line]) -> str:
     columns = [one for one in _COLUMNS if any(one[1] in line.values for line in lines)]
     best: dict[str, Line] = {}
+    ranked_by = compare.measure(lines)
     for line in lines:
-        if "perplexity" in line.values and line.format and line.baseline != "bf16":
-            best[line.format] = min(line, best.get(line.format, line), key=lambda one: one.values["perplexity"].mean)
+        if ranked_by in line.values and line.format and line.baseline != "bf16":
+            best[line.format] = min(line, best.get(line.format, line), key=lambda one: one.values[ranked_by].mean)
     rows = []
     for line in lines:
         about = ", ".join(dict.fromkeys(one for one in (line.scheme, line.method) if one not in line.label))
         cells = [_spread(line.values.get(name), scaled, form) for _, name, scaled, form in columns]
         if best.get(line.format) is line:
-            at = next(number for number, column in enumerate(columns) if column[1] == "perplexity")
+            at = next(number for number, column in enumerate(columns) if column[1] == ranked_by)
             cells[at] = f"<b>{cells[at]}</b>"
         rows.append([f"{escape(line.label)}<small>{escape(about)}</small>", str(len(line.seeds)), *cells])
     header = ["", "seeds", *(words for words, *_ in columns)]
@@ -193,15 +217,7 @@ def _tradeoff(lines: Sequence[Line]) -> str:
 
 
 def _runs(found: Found) -> str:
-    named = {
-        "training loss, last": compare.metric(found.curves, compare.LOSSES),
-        "validation loss, last": compare.metric(found.curves, compare.VALIDATION),
-        "validation perplexity, last": compare.metric(found.curves, compare.PERPLEXITIES),
-        "SQNR of the weights, dB": compare.metric(found.curves, ("qat/sqnr_db/mean",)),
-        "codes flipped since the last look": compare.metric(found.curves, ("qat/code_flips/mean",)),
-        "codes at the ends": compare.metric(found.curves, ("qat/saturation/mean",)),
-    }
-    named = {words: of_run for words, of_run in named.items() if of_run}
+    named = compare.of_runs(found.curves)
     runs = list(dict.fromkeys(run for of_run in named.values() for run in of_run))
     if not runs:
         return ""
@@ -214,23 +230,28 @@ def _runs(found: Found) -> str:
 
 
 def _curves(found: Found) -> str:
+    alone, taught = compare.training(found.curves)
+    flipped, back = "codes flipped since the last look, %", "codes that changed back (oscillation), %"
     logged = {
-        "training loss, nats": compare.LOSSES,
-        "validation perplexity": compare.PERPLEXITIES,
-        "weights, signal to quantization noise, dB": ("qat/sqnr_db/mean",),
-        "codes flipped since the last look, %": ("qat/code_flips/mean",),
+        "training loss, nats": alone,
+        "training loss of distillation, nats": taught,
+        "KL from the teacher, nats": compare.metric(found.curves, (compare.DIVERGENCE,)),
+        "cross-entropy of distillation, nats": compare.metric(found.curves, (compare.CROSS_ENTROPY,)),
+        "validation perplexity": compare.metric(found.curves, compare.PERPLEXITIES),
+        "weights, signal to quantization noise, dB": compare.metric(found.curves, ("qat/sqnr_db/mean",)),
+        flipped: compare.metric(found.curves, ("qat/code_flips/mean",)),
+        back: compare.metric(found.curves, ("qat/oscillation/mean",)),
     }
     panels: dict[str, dict[str, list[figures.Points]]] = {
-        words: {run: [curve.points] for run, curve in compare.metric(found.curves, names).items()}
-        for words, names in logged.items()
+        words: {run: [curve.points] for run, curve in of_run.items()} for words, of_run in logged.items()
     }
     for run, curve in compare.metric(found.curves, compare.VALIDATION).items():
         panels["validation perplexity"].setdefault(
             run, [[(step, math.exp(min(loss, 700))) for step, loss in curve.points]]
         )
-    flips = panels["codes flipped since the last look, %"]
-    for run, ((*points,),) in flips.items():
-        flips[run] = [[(step, 100 * value) for step, value in points]]
+    for shares in (panels[flipped], panels[back]):
+        for run, ((*points,),) in shares.items():
+            shares[run] = [[(step, 100 * value) for step, value in points]]
     colours = {"bf16": figures.INK}
     for study in found.studies:
         panels |= _losses(study)
@@ -246,19 +267,23 @@ def _curves(found: Found) -> str:
 
 
 def _losses(study: Study) -> dict[str, dict[str, list[figures.Points]]]:
-    """The loss of each method, a panel for each format; in each of them bf16."""
+    """The loss of each method, a panel for each format; in each of them bf16. Losses with a teacher apart."""
     curves: dict[tuple[str, str], list[figures.Points]] = {}
+    taught: dict[str, dict[str, list[figures.Points]]] = {}
     for row in study.rows:
-        if row.curve:
-            panel = "" if row.baseline == "bf16" else row.format or ""
+        panel = "" if row.baseline == "bf16" else row.format or ""
+        if row.curve and row.kl_share:
+            words = f"training loss of distillation, nats{panel and f': {panel}'}"
+            taught.setdefault(words, {}).setdefault(row.method or row.label, []).append(row.curve)
+        elif row.curve:
             curves.setdefault((panel, row.method or row.label), []).append(row.curve)
-    formats = dict.fromkeys(panel for panel, _ in curves if panel) or {"": None}
+    formats = dict.fromkeys(panel for panel, _ in curves if panel) or dict.fromkeys(panel for panel, _ in curves)
     return {
         f"training loss, nats{panel and f': {panel}'}": {
             name: seeds for (of_panel, name), seeds in curves.items() if of_panel in ("", panel)
         }
         for panel in formats
-    }
+    } | taught
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
@@ -266,8 +291,13 @@ def _losses(study: Study) -> dict[str, dict[str, list[figures.Points]]]:
 
 def _layers(found: Found) -> str:
     parts = []
-    if by_run := found.layers():
+    measured = found.layers()
+    by_run = {run: layers for run, layers in measured.items() if any(map(math.isfinite, layers.values()))}
+    if measured:
         parts.append("<h3>How near the weights sit to their grid</h3>")
+    if exact := [run for run in measured if run not in by_run]:
+        parts.append(f"<p>Left out, without a finite ratio: {escape(', '.join(exact))}.</p>")
+    if by_run:
         drawn = figures.layer_maps(by_run, "SQNR, dB", worst_is_low=True)
         if drawn is not None:
             more = f" The first {figures.MAPS} of {len(by_run)} runs." if len(by_run) > figures.MAPS else ""
@@ -275,9 +305,7 @@ def _layers(found: Found) -> str:
                 f"Signal to quantization noise of each layer's weights; dark is worse. Of experts the worst.{more}"
             )
             parts.append(_figure(figures.inline(drawn), caption))
-        worst = sorted((value, layer, run) for run, layers in by_run.items() for layer, value in layers.items())
-        rows = [(escape(layer), escape(run), f"{value:.2f}") for value, layer, run in worst[:WORST]]
-        parts.append(_table((f"the worst {len(rows)}", "run", "SQNR, dB"), rows))
+        parts += [_worst(run, layers) for run, layers in by_run.items()]
     for report in found.sensitivities:
         costs = report.content["costs"]
         caption = (
@@ -286,7 +314,25 @@ def _layers(found: Found) -> str:
         )
         parts.append("<h3>What each layer costs</h3>" + _figure(figures.inline(figures.sensitivities(costs)), caption))
     parts += [_calibration(report) for report in found.calibrations]
+    parts += [_ptq(report) for report in found.ptqs]
     return f"<h2>By layer</h2>{''.join(parts)}" if parts else ""
+
+
+def _worst(run: str, layers: Mapping[str, float]) -> str:
+    worst = sorted((value, layer) for layer, value in layers.items() if math.isfinite(value))[:WORST]
+    table = _table(("layer", "SQNR, dB"), [(escape(layer), f"{value:.2f}") for value, layer in worst])
+    return f"<details><summary>{escape(run)}: the worst {len(worst)} layers</summary>{table}</details>"
+
+
+def _ptq(report: Report) -> str:
+    content = report.content
+    worst = sorted(content["rows"], key=lambda row: -row["error"])[:WORST]
+    table = _table(("layer", "error of the weight"), [(escape(row["name"]), f"{row['error']:.2%}") for row in worst])
+    return (
+        f"<h3>Post-training: {escape(content['method'])}</h3><p><code>{escape(report.path)}</code>, as "
+        f"{escape(content['scheme'])}, {content['seconds']:.1f} s; the {len(worst)} largest errors |served - before| / "
+        f"|before| of {len(content['rows'])} layers:</p>{table}"
+    )
 
 
 def _calibration(report: Report) -> str:
@@ -416,7 +462,7 @@ def _commands(found: Found) -> str:
         rows = [(escape(name), escape(value)) for name, value in said.items()]
         parts.append(f"<h3>{escape(study.path)}</h3>{_table(('', ''), rows, 'text') if rows else ''}{_of_rows(study)}")
     for report in found.alignments:
-        about = ", ".join(f"{name} {value}" for name, value in (report.content.get("environment") or {}).items())
+        about = ", ".join(f"{name} {value}" for name, value in _words(report.content.get("environment") or {}).items())
         parts.append(f"<p><code>{escape(report.path)}</code>: {escape(about)}</p>" if about else "")
     for path, text in found.configs:
         runs = f"<p><code>lockstep fit --config {escape(path)}</code></p>" if Path(path).name == "config.yaml" else ""
@@ -433,5 +479,17 @@ def _of_rows(study: Study) -> str:
 
 
 def _words(about: Mapping[str, Any]) -> dict[str, str]:
-    """Free fields in words; nested ones as JSON."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+    """Free fields in words: nested ones flat, without long lists, bytes and seconds with units."""
+    said: dict[str, str] = {}
+    for name, value in about.items():
+        if isinstance(value, Mapping):
+            said |= {f"{name}: {inner}": words for inner, words in _words(value).items()}
+        elif isinstance(value, list) and (len(value) > ENTRIES or any(isinstance(one, list | dict) for one in value)):
+            continue
+        elif isinstance(value, int | float) and name.endswith("bytes"):
+            said[name] = f"{value / MIB:,.1f} MiB" if value < 1024 * MIB else f"{value / MIB / 1024:,.1f} GiB"
+        elif isinstance(value, int | float) and name.endswith("seconds"):
+            said[name] = f"{value:,.1f} s"
+        else:
+            said[name] = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return said

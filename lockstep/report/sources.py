@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +27,21 @@ LARGEST = 256 * 2**20  # bytes of a JSON file: what is larger is none of these
 STUDY = "lockstep-study"
 LOOKED_FOR = (
     "metrics.csv (Lightning), events.out.tfevents* (TensorBoard), trainer_state.json (Hugging Face), config.yaml, "
-    "exported checkpoints, alignment.jsonl, study records, and JSON reports of lockstep align, calibrate, sensitivity "
-    "and plan"
+    "exported checkpoints, alignment.jsonl, study records, and JSON reports of lockstep align, calibrate, ptq, "
+    "sensitivity and plan"
 )
 # By what a JSON object is known.
 _REPORTS = {
     "alignments": {"aligned", "failures", "checkpoint", "layers"},
     "calibrations": {"observer", "batches", "rows"},
+    "ptqs": {"method", "scheme", "seconds", "rows"},
     "sensitivities": {"loss", "costs"},
     "plans": {"lines", "totals", "fits"},
 }
+# What reading a file of another kind, of another version or cut off may raise.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error)
 _LOGGERS = re.compile(r"csv|tensorboard|lightning_logs|runs|logs|version_\d+")  # folders that loggers add
+_OURS_IN_TRAINER = re.compile(r"^train/(?=qat/|spike/)")  # Hugging Face puts its own prefix before it in TensorBoard
 _LAYER = re.compile(r"qat/sqnr_db/(?!mean$)(.+)")
 
 
@@ -120,6 +125,7 @@ class Found:
     checkpoints: list[Stored] = field(default_factory=list)
     alignments: list[Report] = field(default_factory=list)
     calibrations: list[Report] = field(default_factory=list)
+    ptqs: list[Report] = field(default_factory=list)
     sensitivities: list[Report] = field(default_factory=list)
     plans: list[Report] = field(default_factory=list)
     gaps: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
@@ -149,14 +155,17 @@ def read(runs: list[str | Path]) -> Found:
     if not runs:
         raise ValueError("a report is made of at least one run: name a folder or a file.")
     found = Found()
-    for run in map(Path, runs):
+    named = {Path(os.path.abspath(run)): Path(run) for run in runs}  # each once
+    for run in named.values():
         if not run.exists():
             raise ValueError(f"{run} is not there: RUN is a folder or a file.")
+    called = _called([path if path.is_dir() else path.parent for path in named])
+    for path, run in named.items():
         before = _count(found)
         if run.is_dir():
-            _read_folder(run, found)
+            _read_folder(run, called[path], found)
         else:
-            _read_file(run, run.parent, found)
+            _read_file(run, run.parent, called[path.parent], found)
         if _count(found) == before:
             raise ValueError(f"nothing to report was found in {run}. Looked for: {LOOKED_FOR}.")
         found.runs.append(str(run))
@@ -169,7 +178,15 @@ def _count(found: Found) -> int:
     return sum(len(value) for name, value in vars(found).items() if name not in ("runs", "configs"))
 
 
-def _read_folder(run: Path, found: Found) -> None:
+def _called(folders: Iterable[Path]) -> dict[Path, str]:
+    """What each of the absolute `folders` is called: the shortest end of its path that no other one has."""
+    lengths = {folder: range(1, 1 + len(folder.parts)) for folder in folders}
+    ends = {folder: ["/".join(folder.parts[-one:]) for one in some] for folder, some in lengths.items()}
+    taken = Counter(end for every in ends.values() for end in every)
+    return {folder: next((end for end in every if taken[end] == 1), every[-1]) for folder, every in ends.items()}
+
+
+def _read_folder(run: Path, called: str, found: Found) -> None:
     seen, events = len(found.curves), Found()
     states: dict[Path, list[Path]] = {}
     for folder, names in _walk(run):
@@ -181,11 +198,11 @@ def _read_folder(run: Path, found: Found) -> None:
                 of_run = folder.parent if folder.name.startswith("checkpoint-") else folder
                 states.setdefault(of_run, []).append(path)
             elif ".tfevents." in name:
-                _read_file(path, run, events)
+                _read_file(path, run, called, events)
             else:
-                _read_file(path, run, found, asked_for=False)
+                _read_file(path, run, called, found, asked_for=False)
     for of_run, paths in states.items():
-        _read_trainer_state(paths, _name(of_run, run), found)
+        _read_trainer_state(paths, _name(of_run, run, called), found)
     found.skipped += events.skipped
     found.damaged += events.damaged
     found.curves += _without_copies(events.curves, found.curves[seen:])
@@ -199,10 +216,10 @@ def _walk(run: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(names)
 
 
-def _read_file(path: Path, run: Path, found: Found, asked_for: bool = True) -> None:
+def _read_file(path: Path, run: Path, called: str, found: Found, asked_for: bool = True) -> None:
     """Read one file. Of those that were not `asked_for` by name, unknown kinds are left alone."""
     name = path.name
-    where = _name(path.parent, run)
+    where = _name(path.parent, run, called)
     try:
         if name == "metrics.csv":
             found.curves += _csv(path, where)
@@ -219,19 +236,19 @@ def _read_file(path: Path, run: Path, found: Found, asked_for: bool = True) -> N
             known = _read_json(path, found)
             if asked_for and not known:
                 raise ValueError("a JSON file, but no study record and none of our reports")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found.damaged.append(f"{path}: {_in_a_line(error)}")
+    except UNREADABLE as error:
+        found.damaged.append(f"{path}: {in_a_line(error)}")
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     said = f"{error!r} is missing" if isinstance(error, KeyError) else str(error)
     return " ".join(said.split()) or type(error).__name__
 
 
-def _name(folder: Path, run: Path) -> str:
+def _name(folder: Path, run: Path, called: str) -> str:
     """What a folder in a run is called in the report: the run's name, and the way to it."""
     inner = folder.relative_to(run) if folder.is_relative_to(run) else Path()
-    return "/".join([run.absolute().name, *inner.parts])
+    return "/".join([called, *inner.parts])
 
 
 # Our own files -------------------------------------------------------------------------------------------------------
@@ -259,6 +276,8 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
     if not isinstance(rows, list) or not rows:
         raise ValueError("a study record without rows")
     environment, model = (content.get(name) or {} for name in ("environment", "model"))
+    if not (isinstance(environment, Mapping) and isinstance(model, Mapping)):
+        raise ValueError("environment and model of a study record are objects")
     findings = tuple(map(str, content.get("findings") or ()))
     return Study(str(path), environment, model, tuple(_row(number, row) for number, row in enumerate(rows)), findings)
 
@@ -270,7 +289,10 @@ def _row(number: int, content: Mapping[str, Any]) -> Row:
     known = {name: value for name, value in content.items() if name in Row.__dataclass_fields__}
     where = f"row {number} of the study, {content['label']}"
     for name in ("scheme", "method"):
-        known.setdefault(name, "")
+        known[name] = known.get(name) or ""
+    for name in ("label", "scheme", "method", "format", "command"):
+        if not isinstance(known.get(name, ""), str | None):
+            raise ValueError(f"{where}: {name} is {known[name]!r}, and no text")
     for name, value in known.items():
         numeric = Row.__dataclass_fields__[name].type in ("float | None", "int | None", "int")
         if numeric and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
@@ -291,8 +313,8 @@ def _read_checkpoint(folder: Path, found: Found) -> bool:
         checkpoint = Checkpoint(folder)
         schemes = tuple(dict.fromkeys(str(checkpoint.scheme_of(name)) for name in checkpoint.layers))
         taken = sizes(checkpoint, stored_tensors(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found.damaged.append(f"{folder}: {_in_a_line(error)}")
+    except UNREADABLE as error:
+        found.damaged.append(f"{folder}: {in_a_line(error)}")
         return True
     found.checkpoints.append(Stored(str(folder), schemes, len(checkpoint.layers), taken))
     return True
@@ -323,23 +345,27 @@ def _curves(run: str, points: Mapping[str, list[tuple[int, float]]]) -> list[Cur
 
 def _read_trainer_state(paths: list[Path], run: str, found: Found) -> None:
     """The longest of the logs that the checkpoints of one run hold."""
-    longest: dict[str, Any] = {}
+    longest: tuple[int, list[Curve]] = (0, [])
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content["log_history"], list):
-                raise TypeError("log_history is no list")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            found.damaged.append(f"{path}: {_in_a_line(error)}")
-            continue
-        if content.get("global_step", 0) >= longest.get("global_step", 0):
-            longest = content
+            curves = _logged(content["log_history"], run)
+            if int(content.get("global_step", 0)) >= longest[0]:
+                longest = int(content.get("global_step", 0)), curves
+        except UNREADABLE as error:
+            found.damaged.append(f"{path}: {in_a_line(error)}")
+    found.curves += longest[1]
+
+
+def _logged(log_history: Any, run: str) -> list[Curve]:
+    if not isinstance(log_history, list):
+        raise TypeError("log_history is no list")
     points: dict[str, list[tuple[int, float]]] = {}
-    for entry in longest.get("log_history", ()):
+    for entry in log_history:
         for name, value in entry.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 points.setdefault(name, []).append((int(entry["step"]), float(value)))
-    found.curves += _curves(run, points)
+    return _curves(run, points)
 
 
 def _read_events(path: Path, run: str, found: Found) -> None:
@@ -361,8 +387,9 @@ def _read_events(path: Path, run: str, found: Found) -> None:
                 number = float(make_ndarray(value.tensor))
             else:
                 continue
-            if value.tag not in ("epoch", "hp_metric"):
-                points.setdefault(value.tag, []).append((event.step, number))
+            tag = _OURS_IN_TRAINER.sub("", value.tag)
+            if tag not in ("epoch", "hp_metric"):
+                points.setdefault(tag, []).append((event.step, number))
     if not events:
         raise ValueError("no event can be read: empty or truncated")
     found.curves += _curves(run, points)
