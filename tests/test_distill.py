@@ -476,7 +476,8 @@ def test_a_teacher_that_cannot_teach_is_named(student, teacher, message, monkeyp
 def test_the_folder_of_a_post_training_method_is_no_teacher(tmp_path, method, taken):
     """Its weights are rounded as the student's; round to nearest leaves the masters alone."""
     model().save_pretrained(tmp_path)
-    (tmp_path / "ptq.json").write_text(json.dumps({"method": method}))
+    report = {"method": method, "servable": True, "rule": {"scale_rule": "amax/7"}, "scales": {}}
+    (tmp_path / "ptq.json").write_text(json.dumps(report))
     if taken:
         taught(model(), str(tmp_path))
     else:

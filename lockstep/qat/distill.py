@@ -9,7 +9,6 @@ the gradient the same at every temperature (Hinton et al., arXiv:1503.02531). Th
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.qat.learned import PTQ_REPORT
+from lockstep.qat.learned import PTQ_REPORT, ptq_report
 from lockstep.qat.prepare import quantized_experts, quantized_modules
 
 IGNORED = -100  # the label of a token that does not count, in torch and transformers
@@ -342,10 +341,9 @@ _ROUNDED = "a teacher that is rounded as its student teaches nothing. Give the m
 
 def _check_before_rounding(folder: str) -> None:
     """ValueError if ``lockstep ptq`` wrote `folder`, whose weights are then those of a quantized model."""
-    report = Path(folder) / PTQ_REPORT
-    method = json.loads(report.read_text(encoding="utf-8")).get("method") if report.is_file() else None
-    if method not in (None, "rtn"):  # which leaves the masters as they were
-        raise ValueError(f"teacher: {folder} is what {method} made ({PTQ_REPORT}): {_ROUNDED}")
+    report = ptq_report(Path(folder))
+    if report is not None and report["method"] != "rtn":  # which leaves the masters as they were
+        raise ValueError(f"teacher: {folder} is what {report['method']} made ({PTQ_REPORT}): {_ROUNDED}")
 
 
 def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
