@@ -24,10 +24,10 @@ def scripts():
         patch.syspath_prepend(SCRIPTS.parent)
         patch.syspath_prepend(SCRIPTS)
         import corpus
-        import run
         import study
+        import training
 
-        yield argparse.Namespace(corpus=corpus, run=run, study=study)
+        yield argparse.Namespace(corpus=corpus, study=study, training=training)
 
 
 # The text ------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def run(scripts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(scripts.corpus, "installed_sources", sources)
     model = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    size = scripts.run.Size(
+    size = scripts.training.Size(
         {**model, "num_key_value_heads": 1, "head_dim": 64}, vocabulary=300, context=64, batch=2, base_steps=4,
         base_batch=2, base_rate=1e-2, steps=3, test_blocks=4, prompts=2, calibration=2, rates=rates(), rows=rows_of,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def run(scripts, tmp_path, monkeypatch):
     options = argparse.Namespace(
         size="small", out=tmp_path, seeds=2, formats=["INT4 g128"], share=1.0, tune=True, device="cpu", worker=0
     )
-    made = scripts.run.Study(tmp_path, size, "cpu")
+    made = scripts.training.Study(tmp_path, size, "cpu")
     scripts.study.write(tmp_path / "base.json", made.train_base(1))
     return options
 
@@ -159,7 +159,7 @@ def test_a_study_measures_every_row_goes_on_where_it_stopped_and_writes_its_reco
 
 
 def test_a_row_that_fails_is_named_and_the_others_are_done(scripts, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.run.Study, "rounded", lambda *_: 1 / 0)
+    monkeypatch.setattr(scripts.training.Study, "rounded", lambda *_: 1 / 0)
     run.tune, run.seeds = False, 1
     scripts.study.work(run, deadline=math.inf)
     scripts.study.record(run)
@@ -170,7 +170,7 @@ def test_a_row_that_fails_is_named_and_the_others_are_done(scripts, run, tmp_pat
 
 
 def test_fresh_text_is_kept_from_the_base_model(scripts, run, tmp_path):
-    made = scripts.run.Study(tmp_path, scripts.study.SIZES["small"], "cpu")
+    made = scripts.training.Study(tmp_path, scripts.study.SIZES["small"], "cpu")
     seen, fresh = ({tuple(block.tolist()) for block in part} for part in (made.seen, made.fresh))
     assert fresh
     assert not seen & fresh

@@ -1,4 +1,4 @@
-"""The rows of the study: which method, on which format, from which weights. What a row does is in run.py."""
+"""The rows of the study: which method, on which format, from which weights. What a row does is in training.py."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from harness import environment  # noqa: E402
 from rows import FORMATS, Row  # noqa: E402
-from run import SIZES, Study, layers, sizes, unquantized_size  # noqa: E402
 from table import table  # noqa: E402
+from training import SIZES, Study, layers, sizes, unquantized_size  # noqa: E402
 
 from lockstep import report  # noqa: E402
 from lockstep.qat.prepare import quantized_modules  # noqa: E402
