@@ -478,7 +478,7 @@ def test_a_resumed_run_is_the_unbroken_one(remedy, tmp_path):
 
 
 def test_the_fit_ends_with_advice_on_clipping(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):  # which a recipe's test may have quietened
         fit(Regression(batches(10)), LossSpikeCallback(), gradient_clip_val=1e-4)
     assert "gradient norms of 10 steps without spikes: median" in caplog.text
     assert "gradient_clip_val=0.0001 clipped 100 % of them" in caplog.text
