@@ -35,6 +35,7 @@ RN is round to nearest with ties to even, RNE the same to integers.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -97,9 +98,35 @@ def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
     return _untiled(value.to(spec.served_dtype), codes.shape)
 
 
-def fake_quantize(w: Tensor, spec: TensorSpec, amax: Tensor | None = None) -> Tensor:
+def fake_quantize(w: Tensor, spec: TensorSpec, amax: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """`w` as it will be served: ``dequantize(quantize(w))``, in the served dtype and the shape of `w`."""
-    return dequantize(quantize(w, spec, amax), spec)
+    return dequantize(quantize(w, spec, amax, scale), spec)
+
+
+def learned_gradients(grad: Tensor, w: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """The gradients of `w` ``[N, K]`` and of its learned scales ``[N, G]``, in their dtypes (LSQ, arXiv:1902.08153).
+
+    `grad` ``[N, K]`` is the one of ``fake_quantize(w, spec, scale=scale)``. With ``position = w / scale`` in fp32, the
+    scale rounded as it is served, and the range of the codes, both ends included:
+
+    * of a weight: `grad` within the range, zero elsewhere;
+    * of a scale: the sum over its weights of ``grad * (code - position)`` within the range and of ``grad * code``
+      elsewhere, times ``1 / sqrt(weights of the scale * largest code)``.
+    """
+    low, high = spec.code_range
+    per_scale = (*scale.shape, -1)
+    step = scale.to(spec.scale_dtype).float().unsqueeze(-1)
+    position = w.float().reshape(per_scale) / step.masked_fill(step == 0, 1)
+    code = quantize(w, spec, scale=scale).codes.float().reshape(per_scale)
+    inside = (position >= low) & (position <= high)
+    grads = grad.float().reshape(per_scale)
+    grad_scale = (grads * torch.where(inside, code - position, code)).sum(-1) * lsq_balance(position.shape[-1], spec)
+    return (grads * inside).view(w.shape).to(w.dtype), grad_scale.to(scale.dtype)
+
+
+def lsq_balance(weights: int, spec: TensorSpec) -> float:
+    """What makes the steps of a scale that so many weights share as large, relative to it, as theirs: LSQ's 2.2."""
+    return 1 / math.sqrt(weights * spec.code_range[1])
 
 
 def largest(w: Tensor) -> Tensor:

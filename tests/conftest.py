@@ -56,5 +56,6 @@ if not torch.cuda.is_available() and find_spec("triton"):
         "_dequantize_kernel",
         "_tensor_kernel",
         "_tiles_kernel",
+        "_gradients_kernel",
     ):
         setattr(triton_grid, name, Specialized(getattr(triton_grid, name)))

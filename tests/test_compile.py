@@ -183,6 +183,19 @@ def test_every_preset_is_one_graph_with_the_bits_of_the_eager_one(name, precisio
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize("name", ["W4A16", "W8A8"])
+def test_learned_scales_are_in_the_one_graph(name):
+    """A graph that broke at each layer cost three times the step."""
+    model = fused(name, torch.float32)
+    lockstep.unprepare(model)
+    lockstep.prepare(model, name, learned_scales=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = trained(model, model, autocast=False)
+    assert any(key.endswith("weight_scale") for key in expected)
+    for key, value in trained(model, compiled, autocast=False).items():
+        assert torch.equal(value, expected[key]), key
+
+
 @pytest.mark.parametrize("name", ["W8A8", "NVFP4"])
 def test_inductor_computes_the_same_bits(name):
     """One layer: inductor adds the bf16 gradients of several in an order of its own."""

@@ -130,7 +130,7 @@ def test_layers_train_on_the_kernel_that_the_environment_names(monkeypatch):
     monkeypatch.setattr(
         kernels.triton_grid,
         "fake_quantize",
-        lambda weight, spec, amax=None, again=False: called.append(again) or grid.fake_quantize(weight, spec),
+        lambda weight, spec, *_, again=False: called.append(again) or grid.fake_quantize(weight, spec),
     )
     monkeypatch.setenv("LOCKSTEP_KERNEL", "triton")
     model["proj"](torch.ones(2, 64, device=HERE, requires_grad=True)).sum().backward()
@@ -358,7 +358,8 @@ def test_weight_operators_tell_the_compiler_the_truth(operator, spec, layout):
     }[layout].to(HERE)
     dtypes = [()] if "fake" in operator else [(torch.int8,), (BF16,)]
     for dtype in dtypes:
-        torch.library.opcheck(getattr(torch.ops.lockstep, operator), (weight, *dtype, None, *astuple(spec)))
+        for scale in (None, grid.quantize(weight, spec).scale):  # in its own dtype: a result is never an input
+            torch.library.opcheck(getattr(torch.ops.lockstep, operator), (weight, *dtype, None, scale, *astuple(spec)))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +368,16 @@ def test_weight_operators_tell_the_compiler_the_truth(operator, spec, layout):
 def test_every_field_of_a_spec_crosses_into_the_operators(spec):
     """A field that is left out would be the default's in compiled models alone."""
     assert operators.fields(spec) == astuple(spec)
+
+
+@every_quantizer
+@pytest.mark.parametrize("spec", [TensorSpec(), CHANNEL], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_the_operator_of_learned_gradients_tells_the_compiler_the_truth(kernel, spec, dtype):
+    weight, grad = randn(4, 256, dtype=dtype).to(HERE), randn(4, 256, dtype=BF16).to(HERE)
+    scale = grid.quantize(weight, spec).scale.float()
+    name = f"{'triton_' if kernel.name == 'triton' else ''}learned_gradients"
+    torch.library.opcheck(getattr(torch.ops.lockstep, name), (grad, weight, scale, *astuple(spec)))
 
 
 @every_quantizer
@@ -452,8 +463,10 @@ def test_weight_operators_hold_for_every_rule(spec, monkeypatch):
     checks = ("test_schema", "test_faketensor")
     weight, amax = randn(130, 256), torch.full((1, 1), 9.0)
     fields = operators.fields(spec)
-    torch.library.opcheck(torch.ops.lockstep.fake_quantize, (weight, amax, *fields), test_utils=checks)
-    torch.library.opcheck(torch.ops.lockstep.quantize, (weight, spec.code_dtype, amax, *fields), test_utils=checks)
+    torch.library.opcheck(torch.ops.lockstep.fake_quantize, (weight, amax, None, *fields), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.lockstep.quantize, (weight, spec.code_dtype, amax, None, *fields), test_utils=checks
+    )
     expected, served = grid.quantize(weight, spec, amax), grid.fake_quantize(weight, spec, amax)
     monkeypatch.setattr(operators, "traced", lambda tensor: True)
     found = reference.quantize(weight, spec, None, amax)

@@ -260,6 +260,71 @@ def test_weights_of_random_bits_are_the_grids(dtype, spec, seed):
     assert_quantizes_as_the_grid(w, spec)
 
 
+# Learned scales ------------------------------------------------------------------------------------------------------
+
+LEARNED = [spec for spec in ARITHMETIC if spec.code_dtype == torch.int8 and spec.scale_rule != "max/-8"]
+
+
+def learned_scale(w: Tensor, spec: TensorSpec) -> Tensor:
+    """fp32 scales beside the rule's own: some cut weights off, some are far too large or small, 0, or negative."""
+    scale = grid.quantize(w, spec).scale.float()
+    factor = torch.tensor([1.0, 0.61, 1.3, -0.9, 0.0, 1e-3, 30.0]).repeat(scale.numel() // 7 + 1)[: scale.numel()]
+    limit = torch.finfo(spec.scale_dtype).max
+    return (scale * factor.view_as(scale)).clamp(-limit, limit)
+
+
+@pytest.mark.parametrize("spec", LEARNED, ids=str)
+@every_dtype
+def test_scales_that_are_given_yield_the_grids_bits(spec, dtype):
+    """Negative ones too: training goes through them, and the export refuses them."""
+    w = hard_weights(spec, dtype)
+    scale = learned_scale(w, spec)
+    assert (scale < 0).any()
+    found = triton_grid.quantize(w.to(DEVICE), spec, scale=scale.to(DEVICE))
+    expected = grid.quantize(w, spec, scale=scale)
+    assert_same_bits(found.codes, expected.codes)
+    assert_same_bits(found.scale, expected.scale)
+    served = triton_grid.fake_quantize(w.to(DEVICE), spec, scale=scale.to(DEVICE))
+    assert torch.equal(served.cpu(), grid.fake_quantize(w, spec, scale=scale))  # but for the sign of a zero
+
+
+@pytest.mark.parametrize("spec", LEARNED, ids=str)
+@every_dtype
+def test_gradients_of_learned_scales_are_the_grids(spec, dtype):
+    """Those of weights bit for bit: one that is cut off and one that is not is another model. Sums have an order."""
+    w = hard_weights(spec, dtype)
+    w = torch.where(w.isfinite() & (w.abs() < 1e4), w, 1)
+    scale = learned_scale(w, spec)
+    grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    of_weight, of_scale = grid.learned_gradients(grad, w, scale, spec)
+    found = triton_grid.learned_gradients(grad.to(DEVICE), w.to(DEVICE), scale.to(DEVICE), spec)
+    assert_same_bits(found[0], of_weight)
+    assert (of_weight == 0).any()
+    assert (of_weight != 0).any()
+    assert torch.allclose(found[1].cpu(), of_scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((65, 128), TensorSpec(group_size=64)), ((1, 96), GROUPED), ((5, 37), CHANNEL), ((2, 5000), CHANNEL)],
+    ids=str,
+)
+def test_gradients_of_shapes_that_do_not_fill_a_program_are_the_grids(shape, spec):
+    """Also of a weight and a gradient that are transposed views."""
+    generator = torch.Generator().manual_seed(8)
+    w, grad = (torch.randn(shape[::-1], generator=generator).T for _ in range(2))
+    scale = grid.quantize(w, spec).scale.float() * 0.7
+    found = triton_grid.learned_gradients(grad.to(DEVICE), w.to(DEVICE), scale.to(DEVICE), spec)
+    expected = grid.learned_gradients(grad, w, scale, spec)
+    assert_same_bits(found[0], expected[0])
+    assert torch.allclose(found[1].cpu(), expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_scales_are_given_to_groups_and_channels_alone():
+    with pytest.raises(ValueError, match="scales are given for groups and channels"):
+        triton_grid.fake_quantize(torch.ones(4, 4).to(DEVICE), SHARED[0], scale=torch.ones(1, 1).to(DEVICE))
+
+
 # Shapes --------------------------------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ class Study:
             rate,
             warmup_steps=WARMUP_STEPS,
             save_dir=None if save_dir is None else str(save_dir),
-            compile_layers=self.compiles and not row.learned and row.method != "qlora",
+            compile_layers=self.compiles and row.method != "qlora",
             **options,
         )
         cost = self.fit(module, self.fresh, self.size.steps, self.size.batch, seed, callbacks)

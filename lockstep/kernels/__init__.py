@@ -38,7 +38,12 @@ class Quantizer(Protocol):
     """
 
     def fake_quantize(
-        self, weight: Tensor, spec: TensorSpec, amax: Tensor | None = None, again: bool = False
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        amax: Tensor | None = None,
+        scale: Tensor | None = None,
+        again: bool = False,
     ) -> Tensor:
         """`grid.fake_quantize`, opaque to ``torch.compile``.
 
@@ -47,7 +52,12 @@ class Quantizer(Protocol):
         """
 
     def quantize(
-        self, weight: Tensor, spec: TensorSpec, dtype: torch.dtype | None = None, amax: Tensor | None = None
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        dtype: torch.dtype | None = None,
+        amax: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Quantized:
         """`grid.quantize`, opaque to ``torch.compile``: scales, and codes in `dtype`, counted from the zero point."""
 
@@ -61,6 +71,9 @@ class Quantizer(Protocol):
         self, x: Quantized, weight: Quantized, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """`scaled_mm.linear`, opaque to ``torch.compile``."""
+
+    def learned_gradients(self, grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """`grid.learned_gradients`, opaque to ``torch.compile``; equal but for the order of a scale's sum."""
 
     def fp8_input_gradient(self, grad: Tensor, weight: Tensor, spec: TensorSpec, amax: Tensor | None) -> Tensor:
         """``grad @ W`` on fp8 codes of both, for `grad` ``[M, N]``: the option of that name in `lockstep.prepare`."""

@@ -47,49 +47,77 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter)
 
 
-def fake_quantize(name: str, run: Callable[[Tensor, TensorSpec, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """`run` as `Quantizer.fake_quantize`: through the operator `name` where something traces."""
+def fake_quantize(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run` of ``(weight, spec, amax, scale)`` as `Quantizer.fake_quantize`: through the operator `name` where
+    something traces."""
 
-    def real(weight: Tensor, amax: Tensor | None, *fields: Any) -> Tensor:
-        return run(weight, _weights(*fields), amax)
+    def real(weight: Tensor, amax: Tensor | None, scale: Tensor | None, *fields: Any) -> Tensor:
+        return run(weight, _weights(*fields), amax, scale)
 
-    def fake(weight: Tensor, amax: Tensor | None, *fields: Any) -> Tensor:
+    def fake(weight: Tensor, amax: Tensor | None, scale: Tensor | None, *fields: Any) -> Tensor:
         return weight.new_empty(weight.shape, dtype=_weights(*fields).served_dtype)
 
-    once = _define(name, f"(Tensor weight, Tensor? amax, {_WEIGHTS}) -> Tensor", real, fake)
-    later = _define(f"{name}_again", f"(Tensor weight, Tensor? amax, {_WEIGHTS}) -> Tensor", real, fake)
+    schema = f"(Tensor weight, Tensor? amax, Tensor? scale, {_WEIGHTS}) -> Tensor"
+    once, later = (_define(each, schema, real, fake) for each in (name, f"{name}_again"))
 
-    def call(weight: Tensor, spec: TensorSpec, amax: Tensor | None = None, again: bool = False) -> Tensor:
+    def call(
+        weight: Tensor, spec: TensorSpec, amax: Tensor | None = None, scale: Tensor | None = None, again: bool = False
+    ) -> Tensor:
         if traced(weight):
-            return (later if again else once)(weight, amax, *fields(spec))
-        return run(weight, spec, amax)
+            return (later if again else once)(weight, amax, scale, *fields(spec))
+        return run(weight, spec, amax, scale)
 
     return call
 
 
-def quantize(
-    name: str, run: Callable[[Tensor, TensorSpec, torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
-) -> Callable[..., Quantized]:
-    """`run` as `Quantizer.quantize`: through the operator `name` where something traces."""
+def quantize(name: str, run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Quantized]:
+    """`run` of ``(weight, spec, dtype, amax, scale)`` as `Quantizer.quantize`: through the operator `name` where
+    something traces."""
 
-    def real(weight: Tensor, dtype: torch.dtype, amax: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor]:
-        return run(weight, _weights(*fields), dtype, amax)
+    def real(
+        weight: Tensor, dtype: torch.dtype, amax: Tensor | None, scale: Tensor | None, *fields: Any
+    ) -> tuple[Tensor, Tensor]:
+        return run(weight, _weights(*fields), dtype, amax, scale)
 
-    def fake(weight: Tensor, dtype: torch.dtype, amax: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor]:
+    def fake(
+        weight: Tensor, dtype: torch.dtype, amax: Tensor | None, scale: Tensor | None, *fields: Any
+    ) -> tuple[Tensor, Tensor]:
         spec = _weights(*fields)
-        scale = weight.new_empty((*weight.shape[:-2], *spec.scale_shape(*weight.shape[-2:])), dtype=spec.scale_dtype)
-        return weight.new_empty(weight.shape, dtype=dtype), scale
+        rounded = weight.new_empty((*weight.shape[:-2], *spec.scale_shape(*weight.shape[-2:])), dtype=spec.scale_dtype)
+        return weight.new_empty(weight.shape, dtype=dtype), rounded
 
-    schema = f"(Tensor weight, ScalarType dtype, Tensor? amax, {_WEIGHTS}) -> (Tensor, Tensor)"
+    schema = f"(Tensor weight, ScalarType dtype, Tensor? amax, Tensor? scale, {_WEIGHTS}) -> (Tensor, Tensor)"
     operator = _define(name, schema, real, fake)
 
     def call(
-        weight: Tensor, spec: TensorSpec, dtype: torch.dtype | None = None, amax: Tensor | None = None
+        weight: Tensor,
+        spec: TensorSpec,
+        dtype: torch.dtype | None = None,
+        amax: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Quantized:
         dtype = dtype or spec.code_dtype
         if traced(weight):
-            return Quantized(*operator(weight, dtype, amax, *fields(spec)))
-        return Quantized(*run(weight, spec, dtype, amax))
+            return Quantized(*operator(weight, dtype, amax, scale, *fields(spec)))
+        return Quantized(*run(weight, spec, dtype, amax, scale))
+
+    return call
+
+
+def learned_gradients(name: str, run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run` of ``(grad, weight, scale, spec)`` as `Quantizer.learned_gradients`: through the operator `name` where
+    something traces."""
+
+    def real(grad: Tensor, weight: Tensor, scale: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+        return run(grad, weight, scale, _weights(*fields))
+
+    def fake(grad: Tensor, weight: Tensor, scale: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+        return weight.new_empty(weight.shape), scale.new_empty(scale.shape)
+
+    operator = _define(name, f"(Tensor grad, Tensor weight, Tensor scale, {_WEIGHTS}) -> (Tensor, Tensor)", real, fake)
+
+    def call(grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        return operator(grad, weight, scale, *fields(spec)) if traced(weight) else run(grad, weight, scale, spec)
 
     return call
 

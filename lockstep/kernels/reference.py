@@ -84,13 +84,17 @@ def _sums(x: Tensor, operand: Tensor) -> Tensor:
     return torch.mm(x.reshape(-1, x.shape[-1]), operand.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
 
 
-def _fake_quantize(weight: Tensor, spec: TensorSpec, amax: Tensor | None) -> Tensor:
-    return grid.fake_quantize(weight.contiguous(), spec, amax).contiguous()  # as the operator promises
+def _fake_quantize(weight: Tensor, spec: TensorSpec, amax: Tensor | None, scale: Tensor | None) -> Tensor:
+    return grid.fake_quantize(weight.contiguous(), spec, amax, scale).contiguous()  # as the operator promises
 
 
-def _quantize(weight: Tensor, spec: TensorSpec, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes in `dtype`, counted from the zero point if there is one, and scales."""
-    codes, scale, zero_point, _ = grid.quantize(weight.contiguous(), spec, amax)
+def _quantize(
+    weight: Tensor, spec: TensorSpec, dtype: torch.dtype, amax: Tensor | None, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes in `dtype`, counted from the zero point if there is one, and scales, which are no input of it."""
+    codes, scale, zero_point, _ = grid.quantize(weight.contiguous(), spec, amax, given)
+    if given is not None and scale.data_ptr() == given.data_ptr():  # they had the scale dtype
+        scale = scale.clone()
     if zero_point is not None:
         codes = (codes.unflatten(-1, (scale.shape[-1], -1)) - zero_point.unsqueeze(-1)).flatten(-2)
     return codes.to(dtype).contiguous(), scale
@@ -124,4 +128,5 @@ quantize_activations = operators.quantize_activations("lockstep::quantize_activa
 dequantize_activations = operators.dequantize_activations("lockstep::dequantize_activations", activations.dequantize)
 scaled_linear = operators.scaled_linear("lockstep::scaled_linear", scaled_mm.linear)
 fp8_input_gradient = operators.input_gradient("lockstep::fp8_input_gradient", _fp8_input_gradient)
+learned_gradients = operators.learned_gradients("lockstep::learned_gradients", grid.learned_gradients)
 _epilogue = operators.epilogue("lockstep::epilogue", _run_epilogue)

@@ -15,6 +15,9 @@ what `triton_arithmetic` says of divisions:
 * Magnitudes compared as integers, where NaN is above infinity and so takes its whole group. The served weight is NaN
   there; which codes stand beside a NaN scale, or an infinite one of pow2/448, is left to the hardware.
 
+Learned scales are read where the others are computed; they may be negative, which a division here does not take, so the
+sign goes to the weight. Their gradients are equal to grid's but for the order in which a scale's are summed.
+
 A weight is read once and its result written once: 4 bytes a bf16 weight for a fake quantization, which runs at the
 speed of a copy; 2.5 for packing, where arithmetic shows. A group is contiguous in memory, so the grouped kernels see a
 flat list of groups; a channel-wise row may be longer than the registers are, and is read again while it is still in the
@@ -70,6 +73,7 @@ class Rule:
     low: float
     high: float
     signed: bool  # the rule max/-8
+    any_sign: bool  # scales that are given
     fp8: bool
     power_of_two: bool
     exact: tl.dtype  # in which the extreme is divided
@@ -95,6 +99,8 @@ def _scale(extreme, rule: tl.constexpr):
 @triton.jit
 def _quotient(w, scale, rule: tl.constexpr):
     """What rounds half to even to the code of `w`, in fp32; `scale` has one element where `w` has a group."""
+    if rule.any_sign:
+        w, scale = tl.where(scale < 0, w * -1.0, w), tl.abs(scale)
     divisor = tl.where(scale == 0, 1.0, scale)
     if rule.signed:
         quotient = tl.floor(w * _reciprocal(divisor) + 8.5) - 8
@@ -155,6 +161,12 @@ def _group_scale(w, axis: tl.constexpr, rule: tl.constexpr):
 
 
 @triton.jit
+def _given_scale(at, inside, rule: tl.constexpr):
+    """Learned scales, rounded to their dtype, in fp32."""
+    return _widen(_round(tl.load(at, mask=inside).to(tl.float32), rule.scale))
+
+
+@triton.jit
 def _words(w, scale, rule: tl.constexpr):
     """Weights ``[rows, 8 * n]`` to words ``[rows, n]``, lowest bits first."""
     shift = 4 * (tl.arange(0, w.shape[1])[None, :] % 8)
@@ -175,14 +187,15 @@ def _unpacked(words, fields: tl.constexpr = 8):
 
 @triton.jit
 def _groups_kernel(
-    weight, out, scales, groups, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, result: tl.constexpr
-):
+    weight, given, out, scales, groups, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr,
+    result: tl.constexpr
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * block
     row = tl.arange(0, block)[:, None]
     inside = first + row < groups
     at = row * size + tl.arange(0, size)[None, :]
     w = _widen(tl.load(weight + first * size + at, mask=inside, other=0.0))
-    scale = _group_scale(w, 1, rule)
+    scale = _group_scale(w, 1, rule) if given is None else _given_scale(given + first + row, inside, rule)
     if result == "words":
         word = row * (size // 8) + tl.arange(0, size // 8)[None, :]
         tl.store(out + first * (size // 8) + word, _words(w, scale, rule), mask=inside)
@@ -194,15 +207,18 @@ def _groups_kernel(
 
 @triton.jit
 def _rows_kernel(
-    weight, out, scales, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, result: tl.constexpr
+    weight, given, out, scales, size: tl.constexpr, block: tl.constexpr, rule: tl.constexpr, result: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)[None, :]
-    largest = tl.zeros([1, block], tl.int32)
-    for start in range(0, size, block):
-        w = _widen(tl.load(weight + row * size + start + column, mask=start + column < size, other=0.0))
-        largest = tl.maximum(largest, _magnitude(w))
-    scale = _scale(tl.max(largest, 1).to(tl.float32, bitcast=True), rule)[:, None]
+    if given is None:
+        largest = tl.zeros([1, block], tl.int32)
+        for start in range(0, size, block):
+            w = _widen(tl.load(weight + row * size + start + column, mask=start + column < size, other=0.0))
+            largest = tl.maximum(largest, _magnitude(w))
+        scale = _scale(tl.max(largest, 1).to(tl.float32, bitcast=True), rule)[:, None]
+    else:
+        scale = _given_scale(given + row + tl.zeros([1, 1], tl.int32), None, rule)
     if result != "scale":
         for start in range(0, size, block):
             inside = start + column < size
@@ -215,6 +231,29 @@ def _rows_kernel(
                 tl.store(out + row * size + start + column, value, mask=inside)
     if scales is not None:  # last: a row that fits a program is then read once
         tl.store(scales + row + tl.zeros([1, 1], tl.int32), _round(scale, rule.scale))
+
+
+@triton.jit
+def _gradients_kernel(
+    grad, weight, given, grad_weight, grad_scale, rows, size: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr,
+    rule: tl.constexpr, balance: tl.constexpr
+):  # fmt: skip
+    """`grid.learned_gradients` of `block` groups or rows of `size` weights, `chunk` of each at a time."""
+    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)[:, None]
+    column = tl.arange(0, chunk)[None, :]
+    scale = _given_scale(given + row, row < rows, rule)
+    step = tl.where(scale == 0, 1.0, scale)
+    total = tl.zeros([block, chunk], tl.float32)
+    for start in range(0, size, chunk):
+        inside = (row < rows) & (start + column < size)
+        at = row * size + start + column
+        w, g = _widen(tl.load(weight + at, mask=inside, other=0.0)), _widen(tl.load(grad + at, mask=inside, other=0.0))
+        position = _divide(tl.where(step < 0, w * -1.0, w), tl.abs(step))
+        within = (position >= rule.low) & (position <= rule.high)
+        code = _codes(w, scale, rule)
+        total += g * tl.where(within, code - position, code)
+        tl.store(grad_weight + at, _round(tl.where(within, g, g * 0.0), grad_weight.dtype.element_ty), mask=inside)
+    tl.store(grad_scale + row, (tl.sum(total, 1) * balance)[:, None], mask=row < rows)
 
 
 @triton.jit
@@ -384,26 +423,44 @@ def _integers_in_a_word(spec: TensorSpec) -> int:
     return 32 // spec.bits
 
 
-def _fake_quantize(weight: Tensor, spec: TensorSpec, amax: Tensor | None = None) -> Tensor:
+def _fake_quantize(weight: Tensor, spec: TensorSpec, amax: Tensor | None = None, given: Tensor | None = None) -> Tensor:
     out = torch.empty(weight.shape, dtype=spec.served_dtype, device=weight.device)
-    _run(weight, spec, amax, out, None, "weight")
+    _run(weight, spec, amax, out, None, "weight", given)
     return out
 
 
 def _quantize(
-    weight: Tensor, spec: TensorSpec, dtype: torch.dtype, amax: Tensor | None = None
+    weight: Tensor, spec: TensorSpec, dtype: torch.dtype, amax: Tensor | None = None, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(weight.shape, dtype=dtype, device=weight.device), _empty_scale(weight, spec)
-    _run(weight, spec, amax, codes, scale, "codes")
+    _run(weight, spec, amax, codes, scale, "codes", given)
     return codes, scale
 
 
+def _learned_gradients(grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    of_weight, of_scale = torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(scale)
+    launch = _gradients_launch(spec, weight.dtype, weight.shape)
+    launch(grad.contiguous(), weight.contiguous(), scale.contiguous(), of_weight, of_scale)
+    return of_weight, of_scale
+
+
 def _run(
-    weight: Tensor, spec: TensorSpec, amax: Tensor | None, out: Tensor | None, scale: Tensor | None, result: str
+    weight: Tensor,
+    spec: TensorSpec,
+    amax: Tensor | None,
+    out: Tensor | None,
+    scale: Tensor | None,
+    result: str,
+    given: Tensor | None = None,
 ) -> None:
-    launch = _quantize_launch(spec, weight.dtype, weight.shape, result)
+    launch = _quantize_launch(spec, weight.dtype, weight.shape, result, given is not None)
     weight = weight.contiguous()
-    if spec.strategy != "tensor":
+    if spec.strategy in ("group", "channel"):
+        launch(weight, None if given is None else given.contiguous(), out, scale)
+        return
+    if given is not None:
+        raise ValueError(f"scales are given for groups and channels, found {spec}.")
+    if spec.strategy == "block":
         launch(weight, out, scale)
         return
     amax = grid.largest(weight) if amax is None else amax.float().expand(*weight.shape[:-2], 1, 1).contiguous()
@@ -426,6 +483,7 @@ quantize = operators.quantize("lockstep::triton_quantize", _quantize)
 quantize_activations = triton_activations.quantize
 dequantize_activations = triton_activations.dequantize
 scaled_linear = triton_scaled_mm.linear
+learned_gradients = operators.learned_gradients("lockstep::triton_learned_gradients", _learned_gradients)
 fp8_input_gradient = operators.input_gradient("lockstep::triton_fp8_input_gradient", _fp8_input_gradient)
 check_packed = triton_check.check_packed
 
@@ -440,9 +498,9 @@ def _scale_shape(spec: TensorSpec, master: torch.dtype, shape: torch.Size) -> tu
 
 
 @lru_cache
-def _quantize_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size, result: str) -> _Launch:
+def _quantize_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size, result: str, given: bool) -> _Launch:
     grid.check(master, shape, spec)
-    rule, (n, k) = _rule(spec, master), shape[-2:]
+    rule, (n, k) = _rule(spec, master, given), shape[-2:]
     matrices = math.prod(shape[:-2])
     if spec.strategy == "tensor":
         return _Launch(_tensor_kernel, (triton.cdiv(n * k, BLOCK), matrices, 1), (n * k, BLOCK, rule, result))
@@ -456,6 +514,17 @@ def _quantize_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size, r
         return _Launch(_groups_kernel, (triton.cdiv(rows, block), 1, 1), (rows, size, block, rule, result))
     block = max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
     return _Launch(_rows_kernel, (rows, 1, 1), (size, block, rule, result))
+
+
+@lru_cache
+def _gradients_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size) -> _Launch:
+    grid.check(master, shape, spec)
+    size = spec.group_size or shape[-1]
+    rows = shape.numel() // size
+    chunk = spec.group_size or max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
+    block = max(1, BLOCK // chunk) if spec.group_size else 1
+    arguments = (rows, size, block, chunk, _rule(spec, master, given=True), grid.lsq_balance(size, spec))
+    return _Launch(_gradients_kernel, (triton.cdiv(rows, block), 1, 1), arguments)
 
 
 @lru_cache
@@ -475,8 +544,8 @@ def _dequantize_launch(spec: TensorSpec, shape: torch.Size) -> _Launch:
 
 
 @cache
-def _rule(spec: TensorSpec, master: torch.dtype) -> Rule:
-    """The rule of `spec` for a master of dtype `master`, with the dtypes of `grid`'s table."""
+def _rule(spec: TensorSpec, master: torch.dtype, given: bool = False) -> Rule:
+    """The rule of `spec` for a master of dtype `master`, with the dtypes of `grid`'s table; `given`: of its scales."""
     if spec.scale_rule not in FUSED_RULES:
         raise NotImplementedError(f"{spec.scale_rule}: add its branch to _quotient, and its dtypes here.")
     in_own_dtype = spec.scale_rule in ("amax/7.5", "amax/127.5")
@@ -484,6 +553,7 @@ def _rule(spec: TensorSpec, master: torch.dtype) -> Rule:
     return Rule(
         *RULES[spec.scale_rule][1:4],
         signed=spec.scale_rule == "max/-8",
+        any_sign=given,
         fp8=spec.format == "fp8_e4m3",
         power_of_two=spec.scale_rule == "pow2/448",
         exact=TL_DTYPES[master if in_own_dtype else torch.float32],

@@ -23,7 +23,6 @@ from lockstep import activations, grid, kernels
 from lockstep.grid import Quantized
 from lockstep.kernels import Quantizer, operators, reference
 from lockstep.qat import learned
-from lockstep.qat.learned import LearnedScaleLinear
 from lockstep.qat.reuse import Kept
 from lockstep.scheme import Scheme, TensorSpec
 
@@ -86,22 +85,17 @@ class QATLinear(nn.Linear):
         # An activation checkpoint runs without gradients first; a model from transformers may train in eval mode.
         if self.warmup is not None and (self.training or torch.is_grad_enabled()):
             return self.warmup(self, x, bias)
-        if learned.KEY in self._parameters:
-            return self._forward_learned(x, bias)
-        if self.observer is not None:
-            return _StraightThroughLinear.apply(x, self.weight, bias, scheme, self.amax(), None)
-        if scheme.activations is not None:
+        if scheme.activations is not None and self.observer is None:
             inputs = self._quantized_input(input, x)
             how = (scheme, self.fp8_input_gradient)
-            return _QuantizedInputLinear.apply(x, self.weight, bias, self.amax(), *inputs, how)
-        if self.kept is not None and self.training and torch.is_grad_enabled():
+            return _QuantizedInputLinear.apply(x, self.weight, self.learned_scale, bias, self.amax(), *inputs, how)
+        if self.kept is not None and self.observer is None and self.training and torch.is_grad_enabled():
             return self._forward_reusing(x, bias)
-        return _StraightThroughLinear.apply(x, self.weight, bias, scheme, self.amax(), None)
+        return _StraightThroughLinear.apply(x, self.weight, self.learned_scale, bias, scheme, self.amax(), None)
 
     def quantize(self) -> Quantized:
         """The weight as it is served: what is exported, and what the forward multiplies with."""
-        scale = self._parameters.get(learned.KEY)
-        return grid.quantize(self.weight.detach(), self.scheme.weights, self.amax(), scale)
+        return grid.quantize(self.weight.detach(), self.scheme.weights, self.amax(), self.learned_scale)
 
     def amax(self) -> Tensor | None:
         """The largest magnitude of the weights that share a scale with this layer's, if the scheme has such a one."""
@@ -158,13 +152,7 @@ class QATLinear(nn.Linear):
 
     @torch.compiler.disable(reason="whether the kept weight is still the master's is looked up at each call")
     def _forward_reusing(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _StraightThroughLinear.apply(x, self.weight, bias, self.scheme, None, self.kept)
-
-    @torch.compiler.disable(reason="the arithmetic of the grid is not opaque to a compiler here")
-    def _forward_learned(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        scheme = self.scheme if self.observer is None else Scheme(self.scheme.weights)
-        stored = self.stored_scale() if self.observer is None else None
-        return LearnedScaleLinear.apply(x, self.weight, self._parameters[learned.KEY], bias, scheme, stored)
+        return _StraightThroughLinear.apply(x, self.weight, None, bias, self.scheme, None, self.kept)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP hands a layer its newly gathered weight this way: in the same memory, and with the same version.
@@ -228,10 +216,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, amax:
     is as in `grid.quantize`. For schemes whose inputs have no measured scale.
     """
     if scheme.activations is None:
-        return _StraightThroughLinear.apply(x, weight, bias, scheme, amax, None)
+        return _StraightThroughLinear.apply(x, weight, None, bias, scheme, amax, None)
     kernel = kernels.training(scheme, weight.device)
     codes, scale, _, second = kernel.quantize_activations(x.detach(), scheme.activations, None)
-    return _QuantizedInputLinear.apply(x, weight, bias, amax, codes, scale, second, (scheme, False))
+    return _QuantizedInputLinear.apply(x, weight, None, bias, amax, codes, scale, second, (scheme, False))
 
 
 # Inputs as they are --------------------------------------------------------------------------------------------------
@@ -240,35 +228,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, amax:
 class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, amax: Tensor | None, kept: Kept | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        learned_scale: Tensor | None,
+        bias: Tensor | None,
+        scheme: Scheme,
+        amax: Tensor | None,
+        kept: Kept | None,
     ) -> Tensor:
-        x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
+        x_has_grad, *grid_has_grad = ctx.needs_input_grad[:3]
         ctx.how = (scheme.weights, kernels.training(scheme, weight.device), kept)
-        ctx.save_for_backward(x if weight_has_grad else None, weight if x_has_grad else None, amax)
-        operand, scale = _operand(weight, amax, *ctx.how)
+        needs_weight = x_has_grad or learned_scale is not None
+        ctx.save_for_backward(x if any(grid_has_grad) else None, weight if needs_weight else None, learned_scale, amax)
+        operand, scale = _operand(weight, learned_scale, amax, *ctx.how)
         return reference.gemm(x, operand, scale, bias, scheme.weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x, weight, amax = ctx.saved_tensors
+        x, weight, learned_scale, amax = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_learned = grad_bias = None
         if ctx.needs_input_grad[0]:
             # The quantized weight has no name here, so that its memory is free again for the gradient of the master.
-            served = _served(weight, amax, *ctx.how).to(grad.dtype)
+            served = _served(weight, learned_scale, amax, *ctx.how).to(grad.dtype)
             grad_x = grad_rows.mm(served).view(*grad.shape[:-1], weight.shape[-1])
             del served
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight = grad_rows.T.mm(x.reshape(-1, x.shape[-1]))
-        if ctx.needs_input_grad[2]:
+        if learned_scale is not None and grad_weight is not None:
+            spec, kernel, _ = ctx.how
+            grad_weight, grad_learned = kernel.learned_gradients(grad_weight, weight, learned_scale, spec)
+        if ctx.needs_input_grad[3]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_learned, grad_bias, None, None, None
 
 
 def _operand(
-    weight: Tensor, amax: Tensor | None, spec: TensorSpec, kernel: Quantizer, kept: Kept | None
+    weight: Tensor,
+    learned_scale: Tensor | None,
+    amax: Tensor | None,
+    spec: TensorSpec,
+    kernel: Quantizer,
+    kept: Kept | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What the serving GEMM multiplies with, and the scale that follows it if one does."""
     scale_follows = spec.scale_follows_gemm(weight.shape[-1])
@@ -278,21 +282,28 @@ def _operand(
             return kernel.dequantize_packed(words, None, spec), scale
         return kernel.dequantize_packed(words, scale, spec), None
     if kept is not None:
-        return kept.of(weight, lambda: _operand(weight, amax, spec, kernel, None))
+        return kept.of(weight, lambda: _operand(weight, learned_scale, amax, spec, kernel, None))
     if not scale_follows:
-        return kernel.fake_quantize(weight, spec, amax), None
-    codes, scale, *_ = kernel.quantize(weight, spec, spec.served_dtype, amax)
+        return kernel.fake_quantize(weight, spec, amax, learned_scale), None
+    codes, scale, *_ = kernel.quantize(weight, spec, spec.served_dtype, amax, learned_scale)
     if spec.scale_rule != "nv/6":
         return codes, scale
     assert amax is not None
     return reference.operand(Quantized(codes, scale, None, grid.nvfp4_scale(amax)), spec)
 
 
-def _served(weight: Tensor, amax: Tensor | None, spec: TensorSpec, kernel: Quantizer, kept: Kept | None) -> Tensor:
+def _served(
+    weight: Tensor,
+    learned_scale: Tensor | None,
+    amax: Tensor | None,
+    spec: TensorSpec,
+    kernel: Quantizer,
+    kept: Kept | None,
+) -> Tensor:
     """The weight as it is served, through which the gradient flows."""
     if kept is None:
-        return kernel.fake_quantize(weight, spec, amax, again=True)
-    operand, scale = _operand(weight, amax, spec, kernel, kept)
+        return kernel.fake_quantize(weight, spec, amax, learned_scale, again=True)
+    operand, scale = _operand(weight, learned_scale, amax, spec, kernel, kept)
     return operand if scale is None else grid.dequantize(Quantized(operand, scale), spec)
 
 
@@ -336,6 +347,7 @@ class _QuantizedInputLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        learned_scale: Tensor | None,
         bias: Tensor | None,
         amax: Tensor | None,
         codes: Tensor,
@@ -345,16 +357,17 @@ class _QuantizedInputLinear(torch.autograd.Function):
     ) -> Tensor:
         scheme, _ = how
         kernel = kernels.training(scheme, weight.device)
-        w_codes, w_scale, *_ = kernel.quantize(weight, scheme.weights, None, amax)
+        w_codes, w_scale, *_ = kernel.quantize(weight, scheme.weights, None, amax, learned_scale)
         w_second = grid.nvfp4_scale(amax) if scheme.weights.scale_rule == "nv/6" else None  # type: ignore[arg-type]
-        x_has_grad, weight_has_grad, *_ = ctx.needs_input_grad
+        x_has_grad, *grid_has_grad = ctx.needs_input_grad[:3]
         clips = x_has_grad and not scheme.activations.dynamic  # type: ignore[union-attr]
         ctx.how, ctx.kernel = how, kernel
         ctx.save_for_backward(
-            codes if weight_has_grad or clips else None,
-            scale if weight_has_grad else None,
+            codes if any(grid_has_grad) or clips else None,
+            scale if any(grid_has_grad) else None,
             second,
-            weight if x_has_grad else None,
+            weight if x_has_grad or learned_scale is not None else None,
+            learned_scale,
             amax,
         )
         inputs = Quantized(codes, scale, None, second)
@@ -364,21 +377,25 @@ class _QuantizedInputLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        codes, scale, second, weight, amax = ctx.saved_tensors
+        codes, scale, second, weight, learned_scale, amax = ctx.saved_tensors
         (scheme, in_fp8), kernel = ctx.how, ctx.kernel
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_learned = grad_bias = None
         if ctx.needs_input_grad[0]:
             if in_fp8:
                 grad_x = kernel.fp8_input_gradient(grad_rows, weight, scheme.weights, amax)
             else:
-                grad_x = grad_rows.mm(kernel.fake_quantize(weight, scheme.weights, amax, again=True).to(grad.dtype))
+                served = kernel.fake_quantize(weight, scheme.weights, amax, learned_scale, again=True)
+                grad_x = grad_rows.mm(served.to(grad.dtype))
+                del served
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[-1])
             if not scheme.activations.dynamic:
                 grad_x = grad_x.masked_fill(activations.clipped(codes, scheme.activations), 0)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             inputs = kernel.dequantize_activations(Quantized(codes, scale, None, second), grad.dtype)
             grad_weight = grad_rows.T.mm(inputs.reshape(-1, inputs.shape[-1]))
-        if ctx.needs_input_grad[2]:
+        if learned_scale is not None and grad_weight is not None:
+            grad_weight, grad_learned = kernel.learned_gradients(grad_weight, weight, learned_scale, scheme.weights)
+        if ctx.needs_input_grad[3]:
             grad_bias = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias, *[None] * 5
+        return grad_x, grad_weight, grad_learned, grad_bias, *[None] * 5
