@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.export.directory import EXPORTED, check_destination, replacing
-from lockstep.loading import as_served, load_model, token_batches
+from lockstep.export.directory import EXPORTED, check_new, replacing
+from lockstep.loading import as_served, calibration_batches, load_model
 from lockstep.qat import observers
 from lockstep.qat.linear import QATLinear
 from lockstep.qat.observers import Histogram, Observer, ObserverName
@@ -206,7 +206,7 @@ def calibrate_command(
         targets: what will be quantized, as in lockstep.prepare.
         ignore: what will be left out.
         device: a torch device; default: the GPU if there is one.
-        text: file to run the model on; default: a module of the Python standard library.
+        text: file to run the model on, of at least one batch; default: a module of the Python standard library.
         steps: how many batches of it at most.
         max_tokens: how many tokens in a batch.
         json: write the report as JSON there.
@@ -220,12 +220,12 @@ def calibrate_command(
         raise ValueError(f"steps={steps}, max_tokens={max_tokens}: calibration needs at least one of each.")
     wanted, source = Scheme.of(scheme), Path(model)
     _check_source(source)
-    check_destination(out, overwrite=False)
+    check_new(out)
     loaded, tokenizer = load_model(model, device)
     prepare(loaded, wanted, targets, ignore)
     if kv_cache is not None:
         prepare_kv_cache(loaded, kv_cache)
-    batches = token_batches(loaded, tokenizer, text, steps * max_tokens, size=max_tokens)
+    batches = calibration_batches(loaded, tokenizer, text, steps, max_tokens)
 
     with replacing(out) as incomplete:
         report = calibrate(loaded, batches, observer, steps)

@@ -124,3 +124,22 @@ def token_batches(
         raise ValueError(f"{path} has {len(ids)} tokens: too few.")
     rows = ids[: len(ids) // block * block].view(-1, block).to(model.device)
     return [{"input_ids": batch} for batch in rows.split(max(1, size // block))]
+
+
+def calibration_batches(
+    model: Any, tokenizer: Any, text: str | None, steps: int, max_tokens: int
+) -> list[dict[str, Any]]:
+    """At most `steps` batches of `max_tokens` tokens of `text`. Prints how much it is; ValueError for less than one."""
+    import argparse
+
+    batches = token_batches(model, tokenizer, text, steps * max_tokens, size=max_tokens)
+    name = text or argparse.__file__
+    blocks, block = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
+    wanted = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
+    if block < wanted:
+        raise ValueError(
+            f"{name} has {block} tokens, less than one block of {wanted}: calibrate on more text, or on shorter blocks "
+            f"with --max_tokens {block}."
+        )
+    print(f"calibrating on {blocks} blocks of {block} tokens, {blocks * block:,} in all, of {name}")
+    return batches

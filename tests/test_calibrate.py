@@ -438,7 +438,7 @@ def test_killed_midway_leaves_nothing_half_written(tmp_path):
     script = KILLED.format(source=str(source), out=str(out))
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout.readline() == "stopped\n"
+            assert "stopped\n" in iter(process.stdout.readline, "")
             assert any((tmp_path / ".out.incomplete").iterdir())
         finally:
             process.kill()
@@ -447,6 +447,18 @@ def test_killed_midway_leaves_nothing_half_written(tmp_path):
     assert calibrate_command(str(source), str(out), steps=1, max_tokens=16, device="cpu") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"masters", "out"}
     assert len(load_file(out / SCALES)) == 14
+
+
+def test_the_command_says_how_much_text_it_runs_on_and_refuses_less_than_a_block(tmp_path, capsys):
+    source, text = masters(tmp_path / "masters"), tmp_path / "text.txt"
+    text.write_text("0123456789" * 10)
+    arguments = {"text": str(text), "device": "cpu"}
+    assert calibrate_command(str(source), str(tmp_path / "a"), max_tokens=32, **arguments) == 0
+    assert f"calibrating on 3 blocks of 32 tokens, 96 in all, of {text}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"text.txt has 100 tokens, less than one block of 128: .*--max_tokens 100"):
+        calibrate_command(str(source), str(tmp_path / "b"), **arguments)
+    with pytest.raises(ExportError, match="a is not empty: name a new folder as OUT, or empty this one"):
+        calibrate_command(str(source), str(tmp_path / "a"), **arguments)
 
 
 def test_what_the_command_cannot_use_is_an_error_before_anything_is_written(tmp_path):

@@ -17,14 +17,23 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from models import VOCAB, prepared, tiny_llama, tiny_moe
+from test_trainer_callback import PARTITIONED, is_export_of, tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lockstep.callbacks import QATCallback, QATTrainerCallback
-from lockstep.qat import distill
+from lockstep.export import Checkpoint
+from lockstep.qat import distill, quantized_modules
 from lockstep.qat.distill import Distillation, Teacher, distillation_loss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -258,7 +267,7 @@ def batch(seed: int = 0, size: int = 2, length: int = LENGTH) -> dict[str, Tenso
 def expected_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kl_share: float, temperature: float) -> Tensor:
     """By hand, from both models in eval mode."""
     seen = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = [one.eval()(**seen).logits[:, :-1].flatten(0, 1) for one in (student, teacher)]
+    logits = [one.eval()(**seen).logits[:, :-1].flatten(0, 1).float() for one in (student, teacher)]
     return plain_loss(*logits, inputs["labels"][:, 1:].flatten(), kl_share, temperature)
 
 
@@ -485,6 +494,58 @@ def test_the_folder_of_a_post_training_method_is_no_teacher(tmp_path, method, ta
             taught(model(), str(tmp_path))
 
 
+def words(*tokens: str) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])))
+
+
+class Processor:
+    """What a trainer of a model that also sees has in the tokenizer's place."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tokenizer", "processor"])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (("?", "b", "a", "c"), "'a' has id 2 in the tokenizer of .*, and id 1 in the student's"),
+        (("?", "a", "b", "d"), "'c' has no id in the tokenizer of .*, and id 3 in the student's"),
+        (("?", "a", "b", "c", "<pad>"), "'<pad>' has id 4 in the tokenizer of .*, and no id in the student's"),
+    ],
+    ids=["swapped", "another", "one more"],
+)
+def test_a_teacher_with_other_tokens_is_refused_by_the_first_of_them(base, tokens, message, wrapped, monkeypatch):
+    """Of the same number: nothing else would show that it reads another text."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    words(*tokens).save_pretrained(base)
+    own = words("?", "a", "b", "c")
+    with pytest.raises(ValueError, match=f"teacher: {message}: the KL needs the same vocabulary"):
+        Distillation(Teacher(base), model(), CPU, FP32, Processor(own) if wrapped else own)
+
+
+def test_only_tokenizers_that_are_there_are_compared(base):
+    """The same in both is taken; and a folder without one, a student without one, a teacher that is no folder."""
+    own = words("?", "a", "b")
+    Distillation(Teacher(base), model(), CPU, FP32, own)
+    words("?", "a", "b").save_pretrained(base)
+    Distillation(Teacher(base), model(), CPU, FP32, own)
+    words("?", "b", "a").save_pretrained(base)
+    for other in (None, object()):
+        Distillation(Teacher(base), model(), CPU, FP32, other)
+    Distillation(Teacher(teacher_model()), model(), CPU, FP32, own)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "none"}, "added_tokens": []}'])
+def test_a_tokenizer_that_cannot_be_read_is_a_warning(base, content):
+    (Path(base) / "tokenizer.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"the tokenizer in .* cannot be read, so its tokens are not compared"):
+        Distillation(Teacher(base), model(), CPU, FP32, words("?", "a"))
+
+
 def test_one_shared_layer_is_enough_to_be_refused():
     student, teacher = model(), teacher_model()
     teacher.lm_head.weight = student.lm_head.weight
@@ -649,6 +710,22 @@ def test_only_fit_loads_the_teacher():
     assert type(module.model.model.layers[0].mlp.up_proj).__name__ == "QATLinear"
 
 
+class Named(Numbers):
+    tokenizer = words("?", "a", "b")
+
+
+@pytest.mark.parametrize("owner", ["data module", "module"])
+def test_the_tokenizer_of_a_lightning_run_is_compared_with_the_teachers(base, owner):
+    words("?", "b", "a").save_pretrained(base)
+    module = Language()
+    if owner == "module":
+        module.tokenizer = Named.tokenizer
+    data: Any = loader() if owner == "module" else Named()
+    with pytest.raises(ValueError, match=r"teacher: 'a' has id 2 in the tokenizer of .*, and id 1 in the student's"):
+        lightning(QATCallback("W4A16", teacher=Teacher(base))).fit(module, data)
+    assert hooks_of(module.model) == 0
+
+
 class Stops(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         raise KeyError("the data ended")
@@ -719,7 +796,7 @@ def hf(directory: Path, *callbacks: TrainerCallback, of: Any = None, steps: int 
         "disable_tqdm": True,
         "logging_steps": 1,
     }
-    made = {key: options.pop(key) for key in ("compute_loss_func",) if key in options}
+    made = {key: options.pop(key) for key in ("compute_loss_func", "processing_class") if key in options}
     args = TrainingArguments(str(directory), **plain | options)
     return Trainer(
         of or model(), args, train_dataset=hf_rows(), eval_dataset=hf_rows(2), callbacks=[*callbacks], **made
@@ -785,6 +862,14 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused(base, tmp_path, options):
     assert all(torch.equal(*pair) for pair in zip(weights_of(trainer), model().parameters(), strict=True))
 
 
+def test_the_trainers_tokenizer_is_compared_with_the_teachers(base, tmp_path):
+    words("?", "b", "a").save_pretrained(base)
+    trainer = hf(tmp_path / "run", hf_callback(base), processing_class=words("?", "a", "b"))
+    with pytest.raises(ValueError, match=r"teacher: 'a' has id 2 in the tokenizer of .*, and id 1 in the student's"):
+        trainer.train()
+    assert hooks_of(trainer.model) == 0
+
+
 def test_a_transformers_run_after_one_that_failed(base, tmp_path):
     """The trainer tells no callback that it failed: the next run puts the old teacher away."""
 
@@ -804,6 +889,55 @@ def test_a_transformers_run_after_one_that_failed(base, tmp_path):
     assert copied.train()(**rows_of(0, 2)).loss > 5
     trainer.train()
     assert hooks_of(trainer.model) == 0
+
+
+# In TRL's trainer ----------------------------------------------------------------------------------------------------
+
+
+def sft(kind: Any, directory: Path, callback: QATTrainerCallback) -> Any:
+    """A trainer of `kind`, an SFTTrainer, of texts of different lengths."""
+    import datasets
+    from trl import SFTConfig
+
+    text = datasets.Dataset.from_list([{"text": f"{number} times {number} is {number**2}"} for number in range(8)])
+    plain: dict[str, Any] = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1}
+    quiet: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataset_num_proc": None}
+    args = SFTConfig(str(directory), bf16=False, **plain, **quiet)
+    return kind(model=model(), args=args, train_dataset=text, processing_class=tokenizer(), callbacks=[callback])
+
+
+def test_the_loss_within_trls_head_is_refused_by_name(base, tmp_path):
+    from trl import SFTTrainer
+
+    run = sft(SFTTrainer, tmp_path / "run", hf_callback(base))
+    with pytest.raises(RuntimeError, match=r"TRL computes its loss within the head of LlamaForCausalLM.*SFTTrainer"):
+        run.train()
+    assert all(torch.equal(*pair) for pair in zip(weights_of(run), model().parameters(), strict=True))
+
+
+def test_an_sft_trainer_with_the_loss_of_transformers_learns_from_its_teacher(base, tmp_path):
+    """As the page and the error say; the first loss is the one by hand."""
+    from trl import SFTTrainer
+
+    class Distilled(SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    run = sft(Distilled, tmp_path / "run", hf_callback(base, kl_share=0.5, export_dir=str(tmp_path / "out")))
+    seen: list[dict[str, Any]] = []
+    watch = run.model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+    run.train()
+    watch.remove()
+    found = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(found) == 3
+    for entry in found:
+        assert entry["loss"] == pytest.approx((entry["qat/kl"] + entry["qat/cross_entropy"]) / 2, rel=1e-5)
+    inputs = {name: seen[0][name] for name in ("input_ids", "attention_mask", "labels") if name in seen[0]}
+    teacher = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    right = expected_loss(prepared(model()), teacher, inputs, 0.5, 1.0)
+    assert found[0]["loss"] == pytest.approx(right.item(), rel=1e-5)
+    assert is_export_of(tmp_path / "out", run.model)
+    assert run.evaluate(run.train_dataset)["eval_loss"] > 5
+    assert hooks_of(run.model) == 0
 
 
 # Over several processes ----------------------------------------------------------------------------------------------
@@ -867,3 +1001,46 @@ def test_two_processes_train_as_one(base, tmp_path, strategy, make):
     torch.testing.assert_close(two["kl"], one.callback_metrics["qat/kl"], rtol=1e-5, atol=1e-6)
     for name, weight in module.model.state_dict().items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def under_zero(base: str, directory: str) -> None:
+    """In a rank: stages 1 and 2 with a teacher from its folder, 3 with one that was loaded before."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ here; gloo alone does it
+    torch.distributed.init_process_group("gloo")
+    for stage in (1, 2, 3):
+        teacher = Teacher(base if stage < 3 else teacher_of(base), kl_share=0.5)
+        callback = QATTrainerCallback("W4A16", teacher=teacher, export_dir=f"{directory}/zero{stage}")
+        zero = PARTITIONED["zero_optimization"] | {"stage": stage}
+        options = {"per_device_train_batch_size": 1, "deepspeed": PARTITIONED | {"zero_optimization": zero}}
+        run = hf(Path(directory, f"run{stage}"), callback, of=model(), **options)
+        run.train()
+        assert type(run.model_wrapped).__name__ == "DeepSpeedEngine"
+        assert not hasattr(run.model, "_loss_function")
+        entries = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        torch.save(entries, f"{directory}/losses{stage}-{torch.distributed.get_rank()}")
+        torch.distributed.barrier()
+
+
+def teacher_of(base: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+
+
+def test_deepspeeds_ranks_learn_from_a_teacher_as_one_process(base, tmp_path):
+    """ZeRO-1, -2 and -3 in transformers' trainer: the losses, and the codes but for weights on a boundary."""
+    alone = hf(tmp_path / "alone", hf_callback(base, kl_share=0.5))
+    alone.train()
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    ranks.run(
+        f"import test_distill as tests\ntests.under_zero({base!r}, {str(tmp_path)!r})",
+        tmp_path / "ranks",
+        DS_ACCELERATOR="cpu",
+    )
+    for stage in (1, 2, 3):
+        for rank in (0, 1):
+            assert torch.load(tmp_path / f"losses{stage}-{rank}") == pytest.approx(losses, rel=2e-6), stage
+        exported = Checkpoint(tmp_path / f"zero{stage}")
+        for name, layer in quantized_modules(alone.model):
+            differ = exported.layer(name).codes != layer.quantize().codes
+            assert differ.float().mean() <= 1e-3, (stage, name)

@@ -163,10 +163,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
-def loss_of(model: nn.Module, number: int) -> Tensor:
+def loss_of(model: nn.Module, number: int, rows: slice = slice(None)) -> Tensor:
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(4, 128, generator=generator).to(next(model.parameters()).dtype)
-    return model(x).float().square().mean()
+    return model(x[rows]).float().square().mean()
 
 
 def run(module: LightningModule, *callbacks: Any, steps: int, **options: Any) -> Any:
@@ -313,6 +313,73 @@ def hf(directory: Path, callback: QATTrainerCallback, clip: float, **options: An
     optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(model)))
     HFTrainer(model=model, args=args, train_dataset=data, callbacks=[callback], optimizers=(optimizer, None)).train()
     return seen
+
+
+# Over several processes --------------------------------------------------------------------------------------------
+
+TOGETHER = """
+import torch
+import torch.distributed as dist
+from test_oscillation import *
+from lightning.pytorch.strategies import DDPStrategy
+
+class Half(Regression):
+    def training_step(self, batch, batch_idx):
+        return loss_of(self.model, batch_idx, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+
+dist.init_process_group("gloo")
+ddp = {{"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), "use_distributed_sampler": False}}
+module = run(Half(), *dampened(2.0), steps=4, **ddp)
+of_hf = hf(Path({directory!r}), QATTrainerCallback(grouped(32), dampening=4.0), 1e-3, per_device_train_batch_size=1)
+torch.save((module.seen, of_hf), f"{directory}/{{dist.get_rank()}}.pt")
+dist.barrier()
+"""
+
+
+def dampened(strength: float) -> list[QATCallback]:
+    return [QATCallback("W4A16", dampening=strength, log_every_n_steps=0)]
+
+
+def test_data_parallel_ranks_are_dampened_as_one_process(tmp_path):
+    """In both trainers, the gradients of each step: those of the whole batch, and the pull once."""
+    alone, plain = (run(Regression(), *dampened(strength), steps=4).seen for strength in (2.0, 0.0))
+    of_hf = hf(tmp_path / "one", QATTrainerCallback(grouped(32), dampening=4.0), 1e-3)
+    ranks.run(TOGETHER.format(directory=str(tmp_path)), tmp_path / "ranks")
+    for rank in (0, 1):
+        of_lightning, of_transformers = torch.load(tmp_path / f"{rank}.pt")
+        for found, expected in ((of_lightning, alone), (of_transformers, of_hf)):
+            assert len(found) == len(expected)
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-7, rtol=1e-5)
+    changed = [step["first.weight"] - other["first.weight"] for step, other in zip(alone, plain, strict=True)]
+    assert changed[0].count_nonzero() == 0  # it rises from 0
+    assert min(change.abs().max() for change in changed[1:]) > 1e-4
+
+
+DEEPSPEED = """
+import deepspeed
+import torch
+from test_oscillation import *
+from test_trainer_callback import PARTITIONED
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ here; gloo alone does it
+torch.distributed.init_process_group("gloo")
+for stage in (1, 2):
+    callback, zero = QATTrainerCallback(grouped(32), dampening=4.0), {{"stage": stage}}
+    try:
+        hf(Path({directory!r}), callback, 0.0, deepspeed=PARTITIONED | {{"zero_optimization": zero}})
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+def test_deepspeed_is_refused_before_the_first_step(tmp_path):
+    pytest.importorskip("deepspeed")
+    script = DEEPSPEED.format(directory=str(tmp_path))
+    for output in ranks.run(script, tmp_path / "ranks", DS_ACCELERATOR="cpu"):
+        refused = [line for line in output.splitlines() if line.startswith("refused:")]
+        assert len(refused) == 2
+        assert all("dampening: the trainer runs DeepSpeed" in line for line in refused)
 
 
 # What is refused ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from lockstep import Scheme, cli, grid, ptq
 from lockstep.callbacks import QATCallback, common
 from lockstep.export import ExportError, save_pretrained
 from lockstep.export.convert import convert
+from lockstep.export.directory import replacing
 from lockstep.loading import load_scales
 from lockstep.ptq import quantize
 from lockstep.ptq.command import as_argument, ptq_command
@@ -577,6 +578,79 @@ def test_what_the_command_cannot_use_is_an_error_before_anything_is_written(writ
         ptq_command(str(source), str(out))
     assert [path.name for path in out.iterdir()] == ["mine"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "nothing.txt"}
+
+
+def no_work(*_, **__):
+    raise AssertionError("the work has begun")
+
+
+def test_a_folder_that_is_not_new_is_refused_before_the_work_in_words_of_the_command(
+    written, tmp_path, monkeypatch, capsys
+):
+    """Which has no option to overwrite."""
+    for name in ("load_model", "quantize"):
+        monkeypatch.setattr(f"lockstep.ptq.command.{name}", no_work)
+    taken = tmp_path / "taken"
+    shutil.copytree(written / "out", taken)
+    assert cli.main(["ptq", str(written / "masters"), str(taken)]) == 2
+    said = capsys.readouterr().err
+    assert "taken is not empty: name a new folder as OUT, or empty this one." in said
+    assert "overwrite" not in said
+
+
+def test_a_folder_that_another_process_writes_is_refused_before_the_work(written, tmp_path, monkeypatch):
+    monkeypatch.setattr("lockstep.ptq.command.quantize", no_work)
+    out = tmp_path / "out"
+    with replacing(out), pytest.raises(ExportError, match=rf"another process is exporting to {out}"):
+        ptq_command(str(written / "masters"), str(out), device="cpu", steps=1, max_tokens=16)
+
+
+def test_the_command_says_how_much_text_it_runs_on(written, tmp_path, capsys):
+    """One token a byte; the batches are what it says."""
+    text = tmp_path / "text.txt"
+    text.write_text("0123456789" * 10)
+    seen = []
+
+    def watched(model, method, scheme, batches, *rest):
+        seen.append([tuple(batch["input_ids"].shape) for batch in batches])
+        return quantize(model, method, scheme, batches, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lockstep.ptq.command.quantize", watched)
+        arguments = {"device": "cpu", "text": str(text), "max_tokens": 32}
+        assert ptq_command(str(written / "masters"), str(tmp_path / "a"), "awq", **arguments) == 0
+        assert ptq_command(str(written / "masters"), str(tmp_path / "b"), "mse", **arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"calibrating on 3 blocks of 32 tokens, 96 in all, of {text}" in printed
+    assert f"does not run the model: {text} is not read" in printed
+    assert seen == [[(1, 32)] * 3, []]
+
+
+def test_a_text_of_less_than_one_block_is_refused(written, tmp_path, monkeypatch):
+    """Thirty tokens would quantize a model without a word."""
+    monkeypatch.setattr("lockstep.ptq.command.quantize", no_work)
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("0123456789" * 3)
+    source = str(written / "masters")
+    with pytest.raises(ValueError, match=r"text.txt has 30 tokens, less than one block of 128: .*--max_tokens 30"):
+        ptq_command(source, str(out), device="cpu", text=str(text))
+    with pytest.raises(AssertionError, match="the work has begun"):
+        ptq_command(source, str(out), device="cpu", text=str(text), max_tokens=30)
+    text.write_text("0123456789" * 13)
+    with pytest.raises(AssertionError, match="the work has begun"):  # blocks are no longer than the model's context
+        ptq_command(source, str(out), device="cpu", text=str(text))
+
+
+@pytest.mark.parametrize("method", ["gptq", "mse", "hqq", "rtn"])
+def test_one_end_of_a_tie_is_refused_before_the_work(monkeypatch, method):
+    """Else the embedding would be quantized along, and the export would refuse what took minutes."""
+    monkeypatch.setitem(ptq.quantize.__globals__, "_run", no_work)
+    model = tiny_llama(tie_word_embeddings=True)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens.*Name lm_head in ignore"):
+        quantize(model, method, G32, batches(), ignore=())
+    assert all(tensor.equal(before[name]) for name, tensor in state(model).items())
+    assert not list(quantized_modules(model))
 
 
 def test_scales_of_another_rule_are_refused_in_training_and_in_export(written):

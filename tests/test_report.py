@@ -18,7 +18,7 @@ from models import tiny_llama
 import lockstep
 from lockstep.cli import main
 from lockstep.report import compare, figures, write
-from lockstep.report.html import page
+from lockstep.report.html import STYLE, page
 from lockstep.report.sources import Curve, Found, Row, Study, read
 
 # A synthetic study: every number follows from these few, and none of them was measured.
@@ -523,6 +523,26 @@ def test_a_seed_that_stands_twice_is_a_warning(tmp_path):
     assert any("QAT has seed 1 more than once" in said for said in compare.warnings(read([tmp_path])))
 
 
+def test_more_curves_than_a_printed_page_has_room_for_are_several_figures_in_the_same_colours():
+    """Of one run from the first panel to the last; a figure names its own runs alone."""
+    panels = {f"measure {number}": {"qat": [[(0, 1.0), (1, 0.5)]]} for number in range(figures.PANELS)}
+    panels |= {"one more": {"other": [[(0, 2.0), (1, 1.0)]], "qat": [[(0, 1.0), (1, 0.5)]]}}
+    first, second = figures.curves(panels)
+    assert [axes.get_ylabel() for axes in first.axes + second.axes] == list(panels)
+    named = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (first, second)]
+    assert named == [["qat"], ["other", "qat"]]
+    colours = [axes.lines[-1].get_color() for axes in first.axes + second.axes]
+    assert len(set(colours)) == 1
+    assert second.axes[0].lines[0].get_color() != colours[0]
+
+
+def test_dark_colours_are_for_screens():
+    """A browser may print with the dark scheme that its window has: pale letters on white paper."""
+    dark = [rule for rule in re.findall(r"@media[^{]*", STYLE) if "dark" in rule]
+    assert dark
+    assert all(rule.startswith("@media screen and ") for rule in dark)
+
+
 def test_labels_are_text_and_neither_formulas_nor_html(tmp_path):
     label = "<script>alert(1)</script> at $a_{$ or $\\frac{$"
     layers = {"model.layers.0.q_proj": 20.0}
@@ -614,7 +634,7 @@ def test_a_training_loss_is_called_what_it_is():
 
 def test_losses_with_a_teacher_are_drawn_and_listed_apart(monkeypatch):
     panels = {}
-    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or figures.sizes([]))
+    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or [figures.sizes([])])
     logged = [curve("qad", "qat/cross_entropy", 3.8, 3.7), curve("qad", "qat/oscillation/mean", 0.25, 0.5)]
     html = page(Found(curves=[QAT, *QAD, *logged, curve("qad", "spike/count", 1.0, 2.0)]), "runs")
     assert list(panels["training loss, nats"]) == ["qat"]
@@ -628,7 +648,7 @@ def test_losses_with_a_teacher_are_drawn_and_listed_apart(monkeypatch):
 
 def test_a_study_draws_losses_with_a_teacher_apart(tmp_path, monkeypatch):
     panels = {}
-    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or figures.sizes([]))
+    monkeypatch.setattr(figures, "curves", lambda shown, colours: panels.update(shown) or [figures.sizes([])])
     rows = [
         {"label": name, "method": name, "format": "4", "kl_share": share, "curve": [[0, 2.0], [1, 1.0]]}
         for name, share in (("qat", None), ("qad", 1.0))

@@ -158,7 +158,8 @@ class QATCallback(Callback):
             raise ValueError("dampening rises over the run, and this one has no end: give max_steps or max_epochs.")
         if self.teacher is not None:
             where, dtype = trainer.strategy.root_device, common.served_dtype(self.scheme)
-            self._distillation = Distillation(self.teacher, served_model(pl_module), where, dtype)
+            tokenizer = _tokenizer(trainer, pl_module)
+            self._distillation = Distillation(self.teacher, served_model(pl_module), where, dtype, tokenizer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -259,12 +260,11 @@ class QATCallback(Callback):
         assert self.export_dir is not None
         model = served_model(pl_module)
         if trainer.is_global_zero or ranks_of(model) is not None:
-            tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             save_pretrained(
                 model,
                 self.export_dir,
                 self.export_format,
-                tokenizer=tokenizer,
+                tokenizer=_tokenizer(trainer, pl_module),
                 overwrite=self.overwrite,
                 trained=common.how_trained(trainer.global_step, self),
             )
@@ -355,3 +355,7 @@ def served_model(pl_module: LightningModule) -> nn.Module:
     alone = len(children) == 1 and not list(pl_module.parameters(recurse=False))
     # A bare layer has no names in it.
     return children[0] if alone and list(children[0].children()) else pl_module
+
+
+def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
+    return getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]

@@ -70,7 +70,10 @@ class QATTrainerCallback(TrainerCallback):
         observer: what becomes the range: see `lockstep.qat.observers`.
         teacher: the model before quantization, or its folder, to learn from: see `lockstep.qat.distill.Teacher`. The
             loss that the model trains on is then a mixture of its divergence from the teacher and of cross-entropy, and
-            ``qat/kl`` and ``qat/cross_entropy`` are logged too, in nats per token. None: cross-entropy alone.
+            ``qat/kl`` and ``qat/cross_entropy`` are logged too, in nats per token. None: cross-entropy alone. The
+            tokenizer in its folder is compared with ``processing_class``. If ``train`` raises, of which the trainer
+            tells no callback, the teacher stays in memory, and on the job whenever the model is called with autograd
+            on, until the next ``train``.
         warmup: how training goes over to the grid, from `start_step` on: see `lockstep.qat.warmup`. None: at once.
         dampening: strength of a pull of each weight to the middle of its bin, see `lockstep.qat.oscillation`; it rises
             to this by half a cosine over the run. Added to the gradients after they are clipped.
@@ -167,7 +170,7 @@ class QATTrainerCallback(TrainerCallback):
         limits = (self.start_step, state.max_steps, self.export_dir)
         self._warming = common.begin_warmup(model, self.warmup, *limits)
         if self.dampening:
-            _check_gradients(args)
+            _check_gradients(args, kwargs["optimizer"])
             oscillation.check_dampening(model)
         self._calibrate_from(model, state)
         if state.global_step < self.start_step:
@@ -176,7 +179,8 @@ class QATTrainerCallback(TrainerCallback):
             self._quantized = False
         self._dismiss_teacher()  # of an interrupted run, of whose end the trainer tells no callback
         if self.teacher is not None:
-            self._distillation = Distillation(self.teacher, model, args.device, common.served_dtype(self.scheme))
+            dtype, tokenizer = common.served_dtype(self.scheme), kwargs.get("processing_class")
+            self._distillation = Distillation(self.teacher, model, args.device, dtype, tokenizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -406,7 +410,13 @@ def _check_trained(model: nn.Module, optimizer: Any) -> None:
         )
 
 
-def _check_gradients(args: TrainingArguments) -> None:
+def _check_gradients(args: TrainingArguments, optimizer: Any) -> None:
+    accelerated = getattr(optimizer, "accelerator_state", None)
+    if accelerated is not None and accelerated.distributed_type == "DEEPSPEED":
+        raise ValueError(
+            "dampening: the trainer runs DeepSpeed, whose engine keeps the gradients and takes the steps, so that "
+            "nothing can be added to them. Use DDP or FSDP2, or leave it 0."
+        )
     if args.fp16 and not args.max_grad_norm:
         raise ValueError(
             "dampening with fp16 and max_grad_norm=0: the trainer would hand over gradients that are still scaled. Set "

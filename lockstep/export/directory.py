@@ -58,6 +58,18 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
     return target
 
 
+def check_new(directory: str | Path) -> Path:
+    """The absolute path of `directory` if it is new or empty and may be written: for commands that replace nothing.
+
+    Raises:
+        ExportError: see `check_destination`.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.is_dir() and any(target.iterdir()):
+        raise ExportError(f"{target} is not empty: name a new folder as OUT, or empty this one.")
+    return check_destination(target, overwrite=False)
+
+
 def sealed(text: str) -> str:
     """`text` with a last line by which `is_sealed` knows that nobody has changed it since."""
     digest = hashlib.sha256(text.encode()).hexdigest()

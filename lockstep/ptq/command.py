@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lockstep.export.directory import EXPORTED, check_destination, replacing
-from lockstep.loading import load_model, stored_scales, token_batches
-from lockstep.ptq.quantize import Method, quantize
+from lockstep.export.directory import EXPORTED, check_new, replacing
+from lockstep.loading import calibration_batches, load_model, stored_scales
+from lockstep.ptq.quantize import Method, needs_batches, quantize
 from lockstep.qat.learned import PTQ_REPORT
 from lockstep.qat.prepare import show
 from lockstep.scheme import Scheme
@@ -44,7 +44,7 @@ def ptq_command(
         targets: what will be quantized, as in lockstep.prepare.
         ignore: what will be left out.
         device: a torch device; default: the GPU if there is one.
-        text: file to calibrate on; default: a module of the Python standard library.
+        text: file to calibrate on, of at least one batch; default: a module of the Python standard library.
         steps: how many batches of it at most.
         max_tokens: how many tokens in a batch.
         json: write the report as JSON there.
@@ -54,16 +54,20 @@ def ptq_command(
     if steps < 1 or max_tokens < 1:
         raise ValueError(f"steps={steps}, max_tokens={max_tokens}: calibration needs at least one of each.")
     wanted = Scheme.of(scheme)
-    check_destination(out, overwrite=False)
+    check_new(out)
     if stored := stored_scales(model):
         raise ValueError(f"{model} holds {min(stored)} among its masters: quantize the folder without scales.")
     loaded, tokenizer = load_model(model, device)
-    batches = token_batches(loaded, tokenizer, text, steps * max_tokens, size=max_tokens)
+    batches: list[dict[str, Any]] = []
+    if needs_batches(method, wanted):
+        batches = calibration_batches(loaded, tokenizer, text, steps, max_tokens)
+    elif text:
+        print(f"{method} for {wanted} does not run the model: {text} is not read")
 
-    result = quantize(loaded, method, wanted, batches, targets, ignore)
-    if result.servable:
-        result.prepare(loaded)  # which save_pretrained writes with its scales
-    with replacing(out) as incomplete:
+    with replacing(out) as incomplete:  # before the work: another process may be writing there
+        result = quantize(loaded, method, wanted, batches, targets, ignore)
+        if result.servable:
+            result.prepare(loaded)  # which save_pretrained writes with its scales
         loaded.save_pretrained(incomplete)
         _copy_others(Path(model), incomplete)
         result.save(incomplete / PTQ_REPORT)

@@ -210,8 +210,9 @@ def quantize(
 
     Raises:
         ValueError: an unknown method; a method that does not serve the scheme; no batches where it needs them; a layer
-            whose codes would not be the library's; experts with another method than ``rtn``; what `lockstep.prepare`
-            and `lockstep.calibrate` refuse.
+            whose codes would not be the library's; one that shares its weight with a module that is not quantized, as
+            a tied head does; experts with another method than ``rtn``; what `lockstep.prepare` and `lockstep.calibrate`
+            refuse.
         ImportError: the library is not installed.
 
     Nothing is changed when it raises.
@@ -252,6 +253,11 @@ def quantize(
     return replace(result, seconds=time.perf_counter() - began, rows=rows)
 
 
+def needs_batches(method: str, scheme: Scheme) -> bool:
+    """Whether `quantize` runs the model: for a method that looks at inputs, or for a scheme that stores their range."""
+    return method in _NEEDS_BATCHES or (scheme.activations is not None and scheme.activations.stores_scale)
+
+
 def _check(model: nn.Module, method: str, scheme: Scheme, batches: Batches) -> None:
     spec, inputs = scheme.weights, scheme.activations
     if method not in METHODS:
@@ -263,8 +269,7 @@ def _check(model: nn.Module, method: str, scheme: Scheme, batches: Batches) -> N
         raise ValueError(f"smoothquant is for schemes that quantize inputs, found {scheme}: use awq.")
     if method == "hqq" and (spec.format not in ("int4", "int8") or inputs is not None):
         raise ValueError(f"hqq is for INT4 and INT8 weights with inputs as they are, found {scheme}: use rtn or awq.")
-    stores = inputs is not None and inputs.stores_scale
-    if (method in _NEEDS_BATCHES or stores) and not batches:
+    if needs_batches(method, scheme) and not batches:
         raise ValueError(f"{method} for {scheme} runs the model on batches: there is none.")
     if odd := [one for one in batches if not isinstance(one, Mapping)]:
         raise ValueError(f"a batch is a mapping (model(**batch)), found {type(odd[0]).__name__}.")
@@ -288,9 +293,23 @@ def _layers(
     """The layers that `prepare` would switch, with its errors for those that cannot be."""
     prepare(model, scheme, targets, ignore, learned_scales=learned_scales)
     try:
-        return [name for name, _ in quantized_modules(model)]
+        layers = [name for name, _ in quantized_modules(model)]
     finally:
         unprepare(model)
+    _check_tied(model, layers)
+    return layers
+
+
+def _check_tied(model: nn.Module, layers: Sequence[str]) -> None:
+    quantized = {f"{name}.weight" for name in layers}
+    owners = {id(model.get_parameter(key)): key for key in quantized}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if key not in quantized and (owner := owners.get(id(parameter))):
+            name, other = owner.rpartition(".")[0], key.rpartition(".")[0]
+            raise ValueError(
+                f"{name} shares its weight with {other}, which is not quantized: what a method makes of one would "
+                f"become of the other too. Name {name} in ignore, or untie them."
+            )
 
 
 def _working_copy(model: nn.Module, dtype: torch.dtype) -> Any:

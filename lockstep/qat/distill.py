@@ -9,6 +9,7 @@ the gradient the same at every temperature (Hinton et al., arXiv:1503.02531). Th
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,15 +203,21 @@ class Distillation:
         student: a causal language model of transformers, out of its wrappers.
         device: where the student computes.
         dtype: of a teacher that is loaded here.
+        tokenizer: the student's, or a processor that has one. Its tokens and their ids must be those of the tokenizer
+            in the teacher's folder, where there is one. None: only the sizes of the vocabularies are compared.
 
     Raises:
         ValueError: the student is no such model, or has another loss; the teacher cannot be loaded, is partitioned by
             ZeRO-3, is quantized, is the student or shares parameters with it, or has another vocabulary.
     """
 
-    def __init__(self, teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype, tokenizer: Any = None
+    ) -> None:
         self.kl_share, self.temperature = teacher.kl_share, teacher.temperature
         self.student = student
+        if isinstance(teacher.model, str):
+            _check_tokens(teacher.model, tokenizer)
         self.teacher: nn.Module | None = _teacher_of(teacher, student, device, dtype)
         self._logits: Tensor | None = None
         self._sums = torch.zeros(3, device=device)
@@ -235,6 +242,12 @@ class Distillation:
     def _before(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.teacher is None or not torch.is_grad_enabled():
             return None
+        if kwargs.get("fused_lm_head"):
+            raise RuntimeError(
+                f"TRL computes its loss within the head of {type(student).__name__}, without logits that the teacher "
+                "could be compared with. Train with transformers' own: class Distilled(SFTTrainer): compute_loss = "
+                "transformers.Trainer.compute_loss"
+            )
         names = inspect.signature(student.forward).parameters
         inputs = dict(zip(names, args, strict=False)) | kwargs
         if inputs.get("input_ids") is None:
@@ -344,6 +357,36 @@ def _check_before_rounding(folder: str) -> None:
     report = ptq_report(Path(folder))
     if report is not None and report["method"] != "rtn":  # which leaves the masters as they were
         raise ValueError(f"teacher: {folder} is what {report['method']} made ({PTQ_REPORT}): {_ROUNDED}")
+
+
+def _check_tokens(folder: str, tokenizer: Any) -> None:
+    """ValueError if the tokenizer that is stored in the teacher's `folder` has other tokens, or ids, than `tokenizer`.
+
+    Nothing is compared if either is not there: the sizes of both models' vocabularies are, in any case.
+    """
+    from transformers import AutoTokenizer
+
+    student: Any = tokenizer if hasattr(tokenizer, "get_vocab") else getattr(tokenizer, "tokenizer", None)
+    stored = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if not stored or not hasattr(student, "get_vocab"):
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:  # transformers reads it without checks of its own: also KeyError, AttributeError
+        warnings.warn(
+            f"teacher: the tokenizer in {folder} cannot be read, so its tokens are not compared with the student's: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return
+    own = student.get_vocab()
+    if different := own.items() ^ theirs.items():
+        token, _ = min(different, key=lambda one: (one[1], one[0]))
+        one, other = (f"id {ids[token]}" if token in ids else "no id" for ids in (theirs, own))
+        raise ValueError(
+            f"teacher: {token!r} has {one} in the tokenizer of {folder}, and {other} in the student's: the KL needs "
+            "the same vocabulary. Give the model that the student was before quantization."
+        )
 
 
 def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

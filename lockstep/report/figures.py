@@ -25,6 +25,7 @@ STYLES = ("-", "--", ":", "-.")
 WIDTH = 10.0  # inches: at a page's width letters of 9 points are 13 pixels high
 POINTS = 100  # of a curve: of more the means of as many stretches are drawn
 MAPS = 4  # of layers, in one figure
+PANELS = 6  # of curves, in one figure: as many as a printed page has room for
 BARS = 15
 
 _RC: dict[Any, Any] = {
@@ -189,17 +190,14 @@ Points = Sequence[tuple[int, float]]
 
 
 @themed
-def curves(panels: Mapping[str, Mapping[str, Sequence[Points]]], colours: Mapping[str, str] | None = None) -> Any:
-    """A panel for each measure; in it a line for each run, the mean of its seeds.
+def curves(panels: Mapping[str, Mapping[str, Sequence[Points]]], colours: Mapping[str, str] | None = None) -> list[Any]:
+    """A panel for each measure, `PANELS` in a figure; in it a line for each run, the mean of its seeds.
 
     Args:
         panels: by the axis' words, with a title behind a colon; then by the run.
         colours: of runs that have one in other figures too.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    names = list(dict.fromkeys(name for runs in panels.values() for name in runs))
+    names = dict.fromkeys(name for runs in panels.values() for name in runs)
     styles: dict[str, dict[str, Any]] = {
         name: {
             "color": (colours or {}).get(name, COLOURS[number % len(COLOURS)]),
@@ -207,6 +205,15 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[Points]]], colours: Mappin
         }
         for number, name in enumerate(names)
     }
+    every = list(panels.items())
+    return [_curves(dict(every[first : first + PANELS]), styles) for first in range(0, len(every), PANELS)]
+
+
+def _curves(panels: Mapping[str, Mapping[str, Sequence[Points]]], styles: Mapping[str, Mapping[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = list(dict.fromkeys(name for runs in panels.values() for name in runs))
     columns = min(2, len(panels))
     rows, under = math.ceil(len(panels) / columns), math.ceil(len(names) / 3)
     figure = Figure(figsize=(WIDTH, 3.2 * rows + 0.2 * under), layout="constrained")

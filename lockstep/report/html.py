@@ -30,14 +30,16 @@ small { color: #667085; display: block } figure { margin: 1rem 0 } figcaption { 
 .text td, .text th { text-align: left } figure svg { width: 100% } .text td:first-child { width: 16rem }
 td { white-space: nowrap } td:first-child, .text td { white-space: normal; overflow-wrap: anywhere }
 .paper { background: #fff; border-radius: .4rem }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   body { background: #0d1117; color: #e6edf3 } th, td { border-color: #30363d } tr.bad td { background: #4a1d1a }
   small, figcaption { color: #9aa4b2 }
 }
 @media print {
-  body { font-size: 11px; max-width: none; margin: 0; background: #fff; color: #000 }
-  figure, tr, li { break-inside: avoid } h2, h3 { break-after: avoid } .wide { overflow: visible }
-  table { font-size: .72rem } th, td { padding: .15rem .3rem }
+  :root { color-scheme: light }
+  body { font-size: 11px; max-width: none; margin: 0; background: #fff; color: #000; print-color-adjust: exact }
+  figure, tr, li { break-inside: avoid } h2, h3, h3 + p { break-after: avoid } .wide { overflow: visible }
+  figure svg { max-height: 85vh } details:not([open]) { display: none }
+  table { font-size: .72rem } th, td { padding: .15rem .3rem } td { white-space: normal }
 }
 """
 
@@ -263,7 +265,8 @@ def _curves(found: Found) -> str:
         f"The mean over the seeds. Of more than {figures.POINTS} points the means of as many stretches are drawn. Axes "
         "leave out how curves fall from their start."
     )
-    return f"<h2>Over the steps</h2>{_figure(figures.inline(figures.curves(shown, colours)), caption)}"
+    *drawn, last = map(figures.inline, figures.curves(shown, colours))
+    return f"<h2>Over the steps</h2>{''.join(_figure(one, '') for one in drawn)}{_figure(last, caption)}"
 
 
 def _losses(study: Study) -> dict[str, dict[str, list[figures.Points]]]:
