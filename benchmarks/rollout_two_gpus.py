@@ -29,10 +29,12 @@ from torch import Tensor
 import lockstep
 from lockstep.export import stream
 from lockstep.export.rollout import AuditReport, RolloutSession
-from lockstep.export.rollout.broadcast import BroadcastEngine, connect, serve
-from lockstep.export.rollout.broadcast import sync as send_blocks
+from lockstep.export.rollout.broadcast import BroadcastEngine
+from lockstep.export.rollout.broadcast_sync import sync as send_blocks
 from lockstep.export.rollout.buckets import Buckets
 from lockstep.export.rollout.engine import checksums_of
+from lockstep.export.rollout.link import connect
+from lockstep.export.rollout.serve import serve
 
 COLUMNS = [
     ("path", text("path")),

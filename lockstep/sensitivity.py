@@ -279,7 +279,7 @@ def sensitivity_command(
         plot: write its plot there, as .png or .svg.
     """
 
-    from lockstep.export.save import parse_bytes
+    from lockstep.export.files import parse_bytes
     from lockstep.loading import load_model, token_batches
 
     if recipe and not budget:

@@ -259,7 +259,7 @@ def test_full_disk_in_the_fallback_keeps_the_earlier_export(tmp_path, monkeypatc
 
 EXPORTS_AND_STOPS = """
 import sys, time, torch, lockstep
-from lockstep.export import save, save_pretrained
+from lockstep.export import files, save_pretrained
 
 sys.path.insert(0, {tests!r})
 from models import TinyMlp, prepared
@@ -269,14 +269,14 @@ class Stop:
         print("stopped", flush=True)
         time.sleep(600)
 
-written, save_file = 0, save.save_file
+written, save_file = 0, files.save_file
 def second_shard_stops(*args, **kwargs):
     global written
     written += 1
     if written == 2 and {between_shards}:
         Stop().save_pretrained(None)
     save_file(*args, **kwargs)
-save.save_file = second_shard_stops
+files.save_file = second_shard_stops
 
 save_pretrained(prepared(TinyMlp(seed=1)), {out!r}, tokenizer=Stop(), max_shard_size=20_000, overwrite=True)
 """

@@ -278,14 +278,14 @@ def test_layers_are_gathered_one_at_a_time_and_written_by_both_ranks(tmp_path):
 
 def fails_on_one(where: str, out: str) -> None:
     """In a rank: what one rank meets, both raise, and both can go on."""
-    from lockstep.export import save
+    from lockstep.export import files
 
     rank = dist.get_rank()
     model = fsdp2(prepared(llama()))
     expected = "No space left"
     match where:
         case "disk" if rank == 1:
-            save.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            files.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         case "tokenizer":
             expected = "no vocabulary"
         case "NaN":
@@ -331,11 +331,11 @@ def test_an_error_on_one_rank_is_an_error_on_all(tmp_path, where, first, second)
 
 def exports_until_killed(out: str) -> None:
     """In a rank: rank KILLED stops dead in the middle of the second export."""
-    from lockstep.export import save
+    from lockstep.export import entries
 
     model = fsdp2(prepared(llama()))
     save_pretrained(model, out)
-    stored, layers = save._stored, []
+    stored, layers = entries.checked_master, []
 
     def slow(*arguments: Any) -> dict[str, Tensor]:
         layers.append(arguments)
@@ -343,7 +343,7 @@ def exports_until_killed(out: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return stored(*arguments)
 
-    save._stored = slow
+    entries.checked_master = slow
     with torch.no_grad():
         for one in model.parameters():
             one.mul_(2)
@@ -368,13 +368,13 @@ def test_a_rank_that_is_killed_leaves_the_old_folder(tmp_path, killed):
 
 def one_rank_sees_nothing(out: str) -> None:
     """In a rank: as on another machine, without the disk of the first."""
-    from lockstep.export import save
+    from lockstep.export import files
 
     model = fsdp2(prepared(llama()))
     if dist.get_rank() == 1:
         exists = Path.exists
         Path.exists = lambda path, **options: ".incomplete" not in str(path) and exists(path, **options)
-        save.save_file = None
+        files.save_file = None
     save_pretrained(model, out)
 
 

@@ -21,10 +21,18 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from lockstep import ActivationSpec, KVCacheSpec, Rule, Scheme, TensorSpec, grid, prepare
 from lockstep.activations import static_scale
 from lockstep.align.metrics import relative_error
-from lockstep.export import Checkpoint, CheckpointError, ExportError, compressed_tensors, formats, save_pretrained
+from lockstep.export import (
+    Checkpoint,
+    CheckpointError,
+    ExportError,
+    check_exportable,
+    compressed_tensors,
+    formats,
+    save_pretrained,
+    stream,
+)
 from lockstep.export.checkpoint import bitwise_equal, same_bits
 from lockstep.export.groups import Group
-from lockstep.export.save import check_exportable, stream
 from lockstep.kernels import reference
 from lockstep.layouts import fp4, words
 from lockstep.qat import kv_cache

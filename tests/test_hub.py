@@ -22,7 +22,7 @@ import lockstep
 from lockstep import Rule, Scheme, grid
 from lockstep.export import Checkpoint, ExportError, formats, hub, save_pretrained, stream
 from lockstep.export.checkpoint import bitwise_equal
-from lockstep.export.save import quantization_config
+from lockstep.export.config import quantization_config
 from lockstep.export.served import quantized_keys, quantized_layers, served_plain, unquantized_layers
 from lockstep.kernels import reference
 from lockstep.layouts import marlin

@@ -35,8 +35,9 @@ from lockstep.callbacks import QATCallback
 from lockstep.export import Checkpoint, CheckpointError, ExportError, adapter
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.qat import QATLinear, lora, quantized_modules
-from lockstep.qat.adapters import AdaptedLinear, FrozenLora
 from lockstep.qat.frozen import FrozenLinear
+from lockstep.qat.lora_base import AdaptedLinear
+from lockstep.qat.lora_frozen import FrozenLora
 from lockstep.recipes import CausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*bottleneck.*", "ignore:.*isinstance.treespec.*", "ignore:.*LeafSpec")

@@ -26,10 +26,12 @@ from torch.distributed.fsdp import fully_shard
 
 import lockstep
 from lockstep.export import ExportError, stream
-from lockstep.export.rollout import AuditError, RolloutSession, broadcast
-from lockstep.export.rollout.broadcast import BroadcastEngine, EngineFailed, Link, Lost, TransferError, connect, serve
+from lockstep.export.rollout import AuditError, RolloutSession, broadcast_sync, wire
+from lockstep.export.rollout.broadcast import AHEAD, BroadcastEngine
 from lockstep.export.rollout.embedded import EmbeddedEngine
 from lockstep.export.rollout.engine import Completion, EngineUnusable, LiveLayer, Sampling, checksum
+from lockstep.export.rollout.link import EngineFailed, Link, Lost, TransferError, connect
+from lockstep.export.rollout.serve import serve
 
 LAYER = LiveLayer("model.qkv_proj", (0, 8), "int4", "reference")
 
@@ -219,12 +221,10 @@ def test_any_tensors_survive_being_cut_into_buckets(kinds, bucket):
         str(number): torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(number)).to(dtype)
         for number, (dtype, shape) in enumerate(kinds)
     }
-    heads, total = broadcast._layout(tensors)
-    size, taken = bucket * broadcast.ALIGNMENT, itertools.cycle(torch.empty(2, bucket * broadcast.ALIGNMENT).byte())
+    heads, total = wire.layout(tensors)
+    size, taken = bucket * wire.ALIGNMENT, itertools.cycle(torch.empty(2, bucket * wire.ALIGNMENT).byte())
     offsets = [offset for *_, offset in heads]
-    parts = [
-        part.clone() for _, part in broadcast._filled([*tensors.values()], offsets, total, size, lambda: next(taken))
-    ]
+    parts = [part.clone() for _, part in wire.filled([*tensors.values()], offsets, total, size, lambda: next(taken))]
     flat = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
     assert flat.numel() == total
     assert all(part.numel() == size for part in parts[:-1])
@@ -239,7 +239,7 @@ def test_any_tensors_survive_being_cut_into_buckets(kinds, bucket):
 
 def flips_a_bit(address: str) -> None:
     """An engine whose network turns one bit of the second load of version 1."""
-    arrived, loads = broadcast._received, []
+    arrived, loads = wire.received, []
 
     def flipped(*arguments: Any) -> dict[str, Tensor]:
         tensors = arrived(*arguments)
@@ -248,7 +248,7 @@ def flips_a_bit(address: str) -> None:
             tensors["fp8"].view(torch.uint8)[3, 1] ^= 1
         return tensors
 
-    broadcast._received = flipped
+    wire.received = flipped
     serving(address, 1)
 
 
@@ -290,7 +290,7 @@ def does_not_wait(address: str) -> None:
     engine = BroadcastEngine(joined(address, 0), bucket_size=1024)
     weight, sent = torch.empty(100), {}
     engine.begin_update(1)
-    for number in range(broadcast.AHEAD):
+    for number in range(AHEAD):
         sent |= engine.load({str(number): weight.fill_(number)})  # which may change when load returns
     assert engine.acknowledged == {}
     engine.link.put("go on", None)
@@ -386,7 +386,7 @@ def gets_errors(address: str) -> None:
             engine.load({"refused": torch.ones(1)})
             for number in range(more):
                 engine.load({f"more.{number}": torch.ones(1)})
-                assert number < broadcast.AHEAD
+                assert number < AHEAD
             engine.end_update()
         engine.abort_update()
         engine.begin_update(2)
@@ -514,7 +514,7 @@ def comes_twice(address: str) -> None:
     with pytest.raises(Lost, match=r"rank 0 could not join the others"):
         joined(address, 0)  # the address is taken
     store = dist.TCPStore("localhost", int(address.split(":")[1]), is_master=False)
-    broadcast.dist.TCPStore = lambda *_, **__: store  # type: ignore[assignment, misc]
+    dist.TCPStore = lambda *_, **__: store  # type: ignore[assignment, misc]
     os.getpid = lambda: 12345
     with pytest.raises(Lost, match=r"rank 0 at localhost:\d+ is taken by .*process \d+"):
         joined(address, 0)
@@ -552,14 +552,14 @@ def sharded_trains(address: str, own: str, rank: int, expected: dict[str, int]) 
     sent, send = [], engine._send
     engine._send = lambda *arguments: (sent.append(1), send(*arguments))  # type: ignore[method-assign, func-returns-value]
     with pytest.raises(ValueError, match="connect with trainers=1, not 2"):
-        broadcast.sync(prepared(), engine, 1)
-    assert broadcast.sync(model, engine, 1) == expected
+        broadcast_sync.sync(prepared(), engine, 1)
+    assert broadcast_sync.sync(model, engine, 1) == expected
     assert len(sent) == [3, 2][rank]  # of embeddings, two blocks, norm and head
     assert engine.checksums() == expected
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.nan)
     with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.up_proj"):  # on the rank that sends, and the other
-        broadcast.sync(model, engine, 2)
+        broadcast_sync.sync(model, engine, 2)
     assert engine.version == 1
     assert engine.checksums() == expected
     assert [one.tokens for one in engine.generate([[1]], Sampling())] == [[1, -1]]  # on both ranks

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lockstep import Scheme
 from lockstep.export import stream
+from lockstep.export.config import quantization_config
 from lockstep.export.rollout import EngineUnusable, Sampling, checksum
 from lockstep.export.rollout.vllm import WORKER, VLLMEngine, logprobs_problem
 from lockstep.export.rollout.vllm_layers import _cpu_codes
 from lockstep.export.rollout.vllm_worker import WeightReceiver, from_wire, fuse_marlin, marlin_bias, to_wire
-from lockstep.export.save import quantization_config
 from lockstep.layouts import marlin
 
 LIVE = {

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import lockstep
 from lockstep import Scheme, grid
 from lockstep.align.metrics import relative_error
-from lockstep.export import Checkpoint, ExportError, formats, save, save_pretrained, stream
+from lockstep.export import Checkpoint, ExportError, checks, formats, save_pretrained, stream
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.layouts import marlin, words
 from lockstep.qat.prepare import quantized_modules
@@ -383,7 +383,7 @@ def test_stream_yields_what_the_folder_holds(tmp_path, format, build):
 @every_format
 def test_stream_holds_two_packed_layers_at_a_time(format, monkeypatch):
     """Syncing a model that fills the memory must not need a second copy of it: what is handed out, and the next."""
-    model, checked = prepared(tiny_llama()), save.checked
+    model, checked = prepared(tiny_llama()), checks.checked
     marker, packed, most = formats.find(format).tensors(grouped().weights)[0], [], 0
 
     def watched(*arguments: Any) -> dict[str, Tensor]:
@@ -391,7 +391,7 @@ def test_stream_holds_two_packed_layers_at_a_time(format, monkeypatch):
         packed.append(weakref.ref(tensors[marker]))
         return tensors
 
-    monkeypatch.setattr(save, "checked", watched)
+    monkeypatch.setattr(checks, "checked", watched)
     for _ in stream(model, format):
         most = max(most, sum(reference() is not None for reference in packed))
     assert (len(packed), most) == (14, 2)

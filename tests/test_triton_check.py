@@ -19,7 +19,7 @@ from strategies import BF16, DTYPES, FP16, FP32, Q4_0, bits, specs, weights
 from torch import Tensor
 
 from lockstep import TensorSpec, grid
-from lockstep.export import save, stream
+from lockstep.export import checks, stream
 from lockstep.export.directory import ExportError
 from lockstep.grid import Quantized
 from lockstep.kernels import reference, triton_grid
@@ -301,7 +301,7 @@ def test_what_it_does_not_serve_it_leaves_to_who_reads_back():
 def model(monkeypatch) -> Any:
     """Layers that Triton's kernels train and export, none of which was read back before."""
     monkeypatch.setenv("LOCKSTEP_KERNEL", "triton")
-    monkeypatch.setattr(save, "_READ_BACK", set())
+    monkeypatch.setattr(checks, "_READ_BACK", set())
     return prepared(TinyMlp(64).to(DEVICE), grouped(32))
 
 
@@ -351,7 +351,7 @@ def test_a_fault_of_a_later_sync_stops_it_and_names_the_layer(model, monkeypatch
 def test_a_layer_leaves_after_its_own_verdict_and_the_next_is_made_while_that_is_waited_for(model, monkeypatch, format):
     """The GPU has work while Python waits, and nobody gets a tensor that may yet be found wrong."""
     dict(stream(model, format))
-    name, arriving, happened = "pack_quantized" if format == "pack-quantized" else "pack_marlin", save.arriving, []
+    name, arriving, happened = "pack_quantized" if format == "pack-quantized" else "pack_marlin", checks.arriving, []
     pack = getattr(triton_grid, name)
 
     def made(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -363,7 +363,7 @@ def test_a_layer_leaves_after_its_own_verdict_and_the_next_is_made_while_that_is
         return lambda: happened.append("verdict") or read()
 
     monkeypatch.setattr(triton_grid, name, made)
-    monkeypatch.setattr(save, "arriving", launched)
+    monkeypatch.setattr(checks, "arriving", launched)
     for stored, _ in stream(model, format):
         happened.append(stored.rpartition(".")[0])
     assert [what for what, _ in groupby(happened)] == [

@@ -21,7 +21,7 @@ from lockstep.align import metrics
 from lockstep.align.report import AlignmentReport, EndToEnd, LayerAlignment
 from lockstep.export import hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError, bitwise_equal
-from lockstep.export.save import quantization_config
+from lockstep.export.config import quantization_config
 from lockstep.export.served import Layer, prepared_cache, quantized_keys, quantized_layers, served_plain, served_tensor
 from lockstep.grid import Quantized
 from lockstep.kernels import Kernel, scaled_mm

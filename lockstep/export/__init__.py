@@ -3,7 +3,8 @@
 from lockstep.export import formats
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
 from lockstep.export.directory import ExportError
-from lockstep.export.save import check_exportable, save_pretrained, stream
+from lockstep.export.legality import check_exportable
+from lockstep.export.save import save_pretrained, stream
 
 __all__ = [
     "Checkpoint",

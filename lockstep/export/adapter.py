@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from lockstep.export import formats, hub
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
+from lockstep.export.checks import checked
+from lockstep.export.config import quantization_entry
 from lockstep.export.directory import ExportError, replacing
+from lockstep.export.files import Shards, parse_bytes, write_card, write_folder
 from lockstep.export.legality import check_exportable, check_measured
-from lockstep.export.save import Shards, checked, parse_bytes, quantization_entry, write_card, write_folder
 from lockstep.export.served import (
     kv_cache_scheme,
     quantized_layers,

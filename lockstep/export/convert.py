@@ -33,7 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from lockstep import grid
+from lockstep.export.checks import check_finite, checked
+from lockstep.export.config import quantization_config
 from lockstep.export.directory import EXPORTED, ExportError, check_destination, replacing
+from lockstep.export.files import parse_bytes, write_card, write_folder
 from lockstep.export.legality import check_exportable
 from lockstep.export.masters import Stored, read_json, release, stored_tensors
 from lockstep.export.pieces import (
@@ -51,7 +54,6 @@ from lockstep.export.pieces import (
     skeleton,
     wanted,
 )
-from lockstep.export.save import check_finite, checked, parse_bytes, quantization_config, write_card, write_folder
 from lockstep.export.served import (
     quantized_layers,
 )

@@ -23,9 +23,9 @@ from torch import nn
 from lockstep.export import formats, hub
 from lockstep.export.checkpoint import bitwise_equal
 from lockstep.export.directory import ExportError
+from lockstep.export.files import file_names
 from lockstep.export.legality import check_measured
 from lockstep.export.masters import TYPES, Part, Stored, read_json
-from lockstep.export.save import file_names
 from lockstep.export.served import (
     Layer,
     prepared_cache,

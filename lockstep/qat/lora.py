@@ -29,26 +29,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lockstep.qat.adapters import (
-    NO_MERGE,
-    AdaptedExperts,
-    BaseTunerLayer,
-    FrozenLora,
-    MergedLora,
-    ParamWrapper,
-    as_it_was,
-    base_layers,
-    check_layer,
-    check_ties,
-    disown,
-    peft,
-)
 from lockstep.qat.experts import QATExperts
 from lockstep.qat.frozen import FrozenLinear
 from lockstep.qat.linear import QATLinear
+from lockstep.qat.lora_base import AdaptedExperts, disown
+from lockstep.qat.lora_config import BaseTunerLayer, peft
+from lockstep.qat.lora_frozen import NO_MERGE, FrozenLora
+from lockstep.qat.lora_merged import MergedLora, ParamWrapper, check_layer
 from lockstep.qat.prepare import PrepareReport
 from lockstep.qat.prepare import prepare as prepare_plain
 from lockstep.qat.qlora import RequantizeReport, is_4bit, nf4, requantize
+from lockstep.qat.without_adapters import as_it_was, base_layers, check_ties
 from lockstep.scheme import Rule, Scheme
 
 __all__ = [

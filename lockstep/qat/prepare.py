@@ -139,7 +139,7 @@ def prepare(
             of the weight as it is served: faster, less exact. For fp8 schemes scaled by channel or tensor; experts do
             not.
         learned_scales: make the weight scales parameters (``weight_scale``, fp32) that train along: see
-            `lockstep.qat.learned`. For symmetric integer weights of ``nn.Linear``. It breaks a ``torch.compile`` graph.
+            `lockstep.qat.learned`. For symmetric integer weights of ``nn.Linear``.
 
     Returns:
         A row for every module that owns parameters: what it trains as, or why it is left as it was.
@@ -316,9 +316,9 @@ def _lora(model: nn.Module) -> Any:
 def _watch_peft(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     # peft may be imported after prepare. torch calls this for every module that is put into another.
     if isinstance(child, QATLinear | QATExperts) and "peft" in sys.modules:
-        from lockstep.qat import adapters
+        from lockstep.qat.lora_merged import refuse_within_peft
 
-        adapters.refuse_within_peft(parent, name, child)
+        refuse_within_peft(parent, name, child)
 
 
 register_module_module_registration_hook(_watch_peft)

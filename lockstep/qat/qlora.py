@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lockstep import grid
 from lockstep.kernels.scaled_mm import without_autocast
-from lockstep.qat.adapters import BaseTunerLayer, plain, replace, restore
 from lockstep.qat.linear import QATLinear
+from lockstep.qat.lora_config import BaseTunerLayer
 from lockstep.qat.prepare import as_text, prepare, quantized_modules, unwrapped
+from lockstep.qat.without_adapters import plain, replace, restore
 from lockstep.scheme import Rule, Scheme
 
 

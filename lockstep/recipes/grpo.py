@@ -28,10 +28,10 @@ from lockstep.align.decompose import Rollout
 from lockstep.align.metrics import token_logprobs
 from lockstep.align.mismatch import Mismatch, mismatch, truncated_importance_weights
 from lockstep.callbacks.alignment import AlignmentCallback
+from lockstep.export.config import quantization_config
 from lockstep.export.rollout.embedded import EmbeddedEngine
 from lockstep.export.rollout.engine import Completion, RolloutEngine, Sampling
 from lockstep.export.rollout.session import RolloutSession
-from lockstep.export.save import quantization_config
 from lockstep.qat.prepare import prepare, quantized_modules, unprepare
 from lockstep.recipes.arithmetic import IGNORED, Arithmetic, Problem, padded, reward, solved, stream_seed
 from lockstep.recipes.causal_lm import load_model

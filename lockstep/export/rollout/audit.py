@@ -19,10 +19,10 @@ from torch import nn
 
 from lockstep.export import compressed_tensors, formats
 from lockstep.export.checkpoint import Checkpoint, CheckpointError
+from lockstep.export.entries import Entry
 from lockstep.export.rollout import probes
 from lockstep.export.rollout.engine import LiveLayer, RolloutEngine
 from lockstep.export.rollout.probes import Evidence, Trained
-from lockstep.export.save import Entry
 from lockstep.export.served import Layer
 from lockstep.qat.prepare import FUSED, run_as_one
 from lockstep.scheme import Scheme

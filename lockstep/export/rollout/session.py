@@ -19,12 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lockstep.export.checks import settle, settling
+from lockstep.export.config import quantization_config
+from lockstep.export.entries import PLAIN, Entry, Made, entries
+from lockstep.export.files import parse_bytes
 from lockstep.export.gather import ranks_of, together, without_wrappers
 from lockstep.export.rollout import audit
 from lockstep.export.rollout.audit import AuditError, AuditReport, Inspection
 from lockstep.export.rollout.buckets import Buckets, indivisible
 from lockstep.export.rollout.engine import RolloutEngine, checksums_later, checksums_of
-from lockstep.export.save import PLAIN, Entry, Made, entries, parse_bytes, quantization_config, settle, settling
 from lockstep.export.served import Layer, quantized_keys, unquantized_layers
 from lockstep.qat.prepare import (
     prepare,
