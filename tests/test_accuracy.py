@@ -133,7 +133,7 @@ def test_a_study_measures_every_row_goes_on_where_it_stopped_and_writes_its_reco
         for label in ("bf16 same tokens", "INT4 g128 round to nearest", "INT4 g128 QAD")
         for seed in (0, 1)
     ]
-    tried = ["try bf16 0.001 0", "try bf16 0.01 0", "try qad 0.001 1", "try qad 0.01 1", "try qad 0.01 0.5"]
+    tried = ["try bf16 0.001 0", "try bf16 0.01 0", "try qad 0.001 0.5", "try qad 0.01 0.5", "try qad 0.01 1"]
     assert sorted(done) == sorted(["base", *rows, *tried])
     assert not list((tmp_path / "rows").glob("*.failed"))
     scripts.study.work(run, deadline=math.inf)

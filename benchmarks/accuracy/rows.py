@@ -76,6 +76,11 @@ def ptq(formats: tuple[str, ...], *libraries: str, seeds: int = 1) -> list[Row]:
     return [Row("ptq", format, library, seeds=seeds) for format in formats for library in libraries]
 
 
+def from_gptq(formats: tuple[str, ...], *methods: Method, seeds: int) -> list[Row]:
+    """Trained rows that start from GPTQ's codes and scales."""
+    return [Row(method, format, "gptq", learned=True, seeds=seeds) for format in formats for method in methods]
+
+
 def few_rows(seeds: int) -> list[Row]:
     """What the answer hangs on, for a CPU."""
     return [
@@ -86,6 +91,7 @@ def few_rows(seeds: int) -> list[Row]:
         *ptq(("INT4 g128",), "mse", "gptq", "awq", "hqq"),
         Row("qad", "INT4 channel", seeds=seeds),
         *ptq(("INT4 channel",), "gptq"),
+        *from_gptq(("INT4 g128",), "qad", "qat", seeds=seeds),
     ]
 
 
@@ -99,26 +105,29 @@ def all_rows(seeds: int) -> list[Row]:
         Row("bf16", seeds=seeds),
         *ptq(INT4, "rtn", seeds=seeds),
         *trained(("INT4 g128",), "qad", "qat"),
+        *from_gptq(("INT4 g128",), "qad", "qat", seeds=seeds),
         *ptq(("INT4 g128",), "gptq", seeds=seeds),
         *ptq(("INT4 g128",), "minmax", "percentile", "mse", "awq", "hqq"),
-        *trained(("INT4 channel",), "qad", "qat"),
+        *from_gptq(("INT4 channel",), "qad", "qat", seeds=seeds),
         *ptq(("INT4 channel", "INT4 g32"), "gptq", seeds=seeds),
         *ptq(("INT4 channel", "INT4 g32"), "awq"),
-        *trained(("INT4 g32",), "qad"),
-        Row("qat", "INT4 g128", "gptq", learned=True, seeds=seeds),
+        *from_gptq(("INT4 g32",), "qad", seeds=seeds),
         *ptq(EIGHT_BIT, "rtn", "smoothquant"),
         *ptq(("W8A8",), "gptq"),
-        *trained(EIGHT_BIT, "qad"),
-        Row("qat", "INT4 g128", learned=True, seeds=seeds),
+        *trained(("FP8_DYNAMIC",), "qad"),
+        *from_gptq(("W8A8",), "qad", seeds=seeds),
         *ptq(OTHERS, "rtn"),
         *ptq(("W4A8",), "gptq", "awq"),
-        *trained(OTHERS, "qad"),
+        *from_gptq(("W4A8",), "qad", seeds=seeds),
+        *trained(("NVFP4", "MXFP4"), "qad"),
+        *trained(("INT4 channel",), "qad", "qat"),
+        Row("qat", "INT4 g128", learned=True, seeds=seeds),
         Row("lora", "INT4 g128", seeds=seeds),
         Row("frozen-grid", "INT4 g128", seeds=seeds),
         Row("qlora", "NF4", seeds=seeds),
         Row("qat", "INT4 g128", "awq", learned=True, seeds=seeds),
         *ptq(("NVFP4", "MXFP4"), "awq"),
-        *trained(("INT4 g32",), "qat"),
+        *trained(("INT4 g32",), "qad", "qat"),
         *trained(EIGHT_BIT, "qat"),
         *trained(OTHERS, "qat"),
     ]

@@ -47,11 +47,12 @@ from lockstep import report  # noqa: E402
 from lockstep.qat.prepare import quantized_modules  # noqa: E402
 
 NOT_SHOWN = ("name", "seconds", "tokens", "lines")  # alike in all rows, or of use while it runs
-SHARES = (1.0, 0.5)  # of the KL divergence in QAD's loss, to choose from
+SHARES = (0.5, 1.0)  # of the KL divergence in QAD's loss; all but the first are tried at the middle rate alone
+CPU_WORKERS = 2
 
 
 def main() -> int:
-    """Run what is left of the study, on one worker for each GPU, and write the record."""
+    """Run what is left of the study, on one worker for each GPU or on two for a CPU, and write the record."""
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     _quiet()
@@ -75,7 +76,8 @@ def main() -> int:
         write(described_there, described(size_of(options)))
     elif json.loads(described_there.read_text()) != json.loads(json.dumps(described(size_of(options)))):
         raise SystemExit(f"{options.out} holds a study of another size: give another --out.")
-    devices = max(1, torch.cuda.device_count()) if options.device == "cuda" else 1
+    on_gpus = options.device == "cuda"
+    devices = torch.cuda.device_count() if on_gpus else 1
     arguments = [word for word in sys.argv[1:] if not word.startswith("--only")]
     Study(options.out, size_of(options), "cpu")  # makes the corpus once, before there are workers
     if not (options.out / "base.json").exists():
@@ -83,7 +85,8 @@ def main() -> int:
     for claim in options.out.glob("rows/*.claimed"):  # of a run that was stopped
         claim.unlink()
     left = str(max(0.0, deadline - time.time()))
-    workers = [_start([*arguments, "--seconds", left, "--worker", str(number)]) for number in range(devices)]
+    numbers = range(devices if on_gpus else CPU_WORKERS)
+    workers = [_start([*arguments, "--seconds", left, "--worker", str(number)]) for number in numbers]
     codes = [worker.wait() for worker in workers]
     record(options)
     return max(codes)
@@ -96,6 +99,8 @@ def work(options: argparse.Namespace, deadline: float) -> None:
     """Take one task after the other that nobody has taken, until none is left or none would end in time."""
     torch._dynamo.config.cache_size_limit = 64  # one compilation a scheme
     device = f"cuda:{options.worker}" if options.device == "cuda" else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // CPU_WORKERS))
     study = Study(options.out, size_of(options), device)
     places = options.out / "rows"
     places.mkdir(exist_ok=True)

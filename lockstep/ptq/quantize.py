@@ -4,9 +4,10 @@
     >>> result.prepare(model)  # computes what the method's checkpoint serves; train it, or export it
 
 The library works on a copy of the model in the served dtype. What comes back are plain weights in the model's own
-dtype: for symmetric integers the dequantized ones ``code * scale``, with the scales beside them as learned scales are
-stored, from which every code is recomputed as the library has it, bit for bit. That is checked before anything is
-written.
+dtype, with the scales of symmetric integers beside them as learned scales are stored. From both every code is
+recomputed as the library has it, bit for bit; that is checked before anything is written. Each of these weights is as
+near to where it was as its code allows, and not ``code * scale``: training moves weights by less than half a bin, and
+from the middle of its bin none would reach another code.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ _ADAPTERS: dict[str, _Adapter] = {
     "hqq": hqq,
 }
 _NEEDS_BATCHES = ("gptq", "awq", "smoothquant")
+BIN = 15 / 32  # of a bin to each side: bf16 rounds no further, at INT4's largest code, than to the rest
 
 
 @dataclass(frozen=True)
@@ -342,10 +344,12 @@ def _master(name: str, one: Rounded, spec: TensorSpec, dtype: torch.dtype) -> tu
     codes = their_codes(weight, given, torch.zeros_like(given, dtype=torch.int8), args, torch.int8)
     codes, scale = codes.to(one.weight.device), one.scale.to(spec.scale_dtype)
     served = grid.dequantize(grid.Quantized(codes, scale), spec)
-    # 8-bit codes times a 16-bit scale, rounded to 16 bits, can lie between two codes: there the library's own weight is
-    # the master, of which it made the code.
-    back = grid.quantize(served.to(dtype), spec, scale=scale).codes
-    master = torch.where(back == codes, served.to(dtype), one.weight.to(dtype))
+    # 16 bits may hold nothing near the end of a bin. Nor, with 8-bit codes, the served weight: there the library's own
+    # is the master, of which it made the code.
+    master = one.weight.to(dtype)
+    for better in (served, _nearest(one.before.to(codes.device), codes, scale, spec)):
+        back = grid.quantize(better.to(dtype), spec, scale=scale).codes
+        master = torch.where(back == codes, better.to(dtype), master)
     again = grid.quantize(master, spec, scale=scale).codes
     if not torch.equal(scale.float(), one.scale.float()) or not torch.equal(again, codes):
         raise ValueError(
@@ -353,6 +357,14 @@ def _master(name: str, one: Rounded, spec: TensorSpec, dtype: torch.dtype) -> tu
             f"with scales in {one.scale.dtype}: please report it."
         )
     return master, served
+
+
+def _nearest(before: Tensor, codes: Tensor, scale: Tensor, spec: TensorSpec) -> Tensor:
+    """The weights nearest to `before` ``[N, K]`` that have `codes`, fp32; none is cut off by the range of the codes."""
+    low, high = spec.code_range
+    groups, step = codes.float().unflatten(-1, (scale.shape[-1], -1)), scale.float().unsqueeze(-1)
+    ends = ((groups - BIN).clamp(min=low) * step, (groups + BIN).clamp(max=high) * step)
+    return before.float().view_as(groups).clamp(*ends).flatten(-2)
 
 
 def _others(model: nn.Module, work: nn.Module, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
