@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,29 @@ def test_recipe_trains_validates_and_exports(run):
         assert (folder / "tokenizer.json").is_file()
     assert list(run.directory.rglob("*.ckpt"))
     assert list(run.directory.rglob("events.out.tfevents*"))
+
+
+def test_the_recipe_that_starts_from_gptq_trains_and_exports_its_scales(run, tmp_path, capsys):
+    recipe = RECIPE.with_name("int4_qad_from_gptq.yaml")
+    masters, start = str(run.masters), tmp_path / "gptq"
+    (command,) = re.findall(r"lockstep ptq runs/bf16 runs/gptq (.*)", recipe.read_text())
+    text = str(run.directory / "texts" / "0.py")
+    assert (
+        main(["ptq", masters, str(start), *shlex.split(command), "--device=cpu", "--text", text, "--max_tokens=64"])
+        == 0
+    )
+    content = yaml.safe_load(recipe.read_text())
+    content["trainer"]["callbacks"][0]["init_args"]["teacher"]["model"] = masters
+    (tmp_path / recipe.name).write_text(yaml.safe_dump(content))
+    places = (f"--model.init_args.model={start}", f"--data.init_args.tokenizer={masters}")
+    found = fitted(tmp_path / "run", tmp_path / recipe.name, *places)
+    assert found.code == 0
+    trained = Checkpoint(found.checkpoint)
+    assert len(trained.layers) == 7
+    began = load_file(start / "model.safetensors")
+    scale, before = trained.layer(LAYER).scale, began[f"{LAYER}.weight_scale"].bfloat16()
+    assert not scale.equal(before)
+    assert torch.allclose(scale.float(), before.float(), rtol=0.05)
 
 
 def test_a_run_from_the_shell_warns_of_nothing_that_the_user_could_not_help(run):
