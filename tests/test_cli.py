@@ -160,11 +160,8 @@ def test_the_recipe_that_starts_from_gptq_trains_and_exports_its_scales(run, tmp
     recipe = RECIPE.with_name("int4_qad_from_gptq.yaml")
     masters, start = str(run.masters), tmp_path / "gptq"
     (command,) = re.findall(r"lockstep ptq runs/bf16 runs/gptq (.*)", recipe.read_text())
-    text = str(run.directory / "texts" / "0.py")
-    assert (
-        main(["ptq", masters, str(start), *shlex.split(command), "--device=cpu", "--text", text, "--max_tokens=64"])
-        == 0
-    )
+    options = [*shlex.split(command), "--device=cpu", "--max_tokens=64", f"--text={run.directory / 'texts' / '0.py'}"]
+    assert main(["ptq", masters, str(start), *options]) == 0
     content = yaml.safe_load(recipe.read_text())
     content["trainer"]["callbacks"][0]["init_args"]["teacher"]["model"] = masters
     (tmp_path / recipe.name).write_text(yaml.safe_dump(content))
