@@ -132,7 +132,7 @@ def calibration_batches(
     """At most `steps` batches of `max_tokens` tokens of `text`. Prints how much it is; ValueError for less than one."""
     import argparse
 
-    batches = token_batches(model, tokenizer, text, steps * max_tokens, size=max_tokens)
+    batches = token_batches(model, tokenizer, text, steps * max_tokens, size=max_tokens)[:steps]
     name = text or argparse.__file__
     blocks, block = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
     wanted = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))

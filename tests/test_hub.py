@@ -237,6 +237,8 @@ def test_a_forward_that_multiplies_something_else_stops_the_export(monkeypatch):
     monkeypatch.setattr(reference, "fake_quantize", lambda *a, **k: flipped(fake_quantize(*a, **k)))
     with pytest.raises(ExportError, match=r"experts\.0\.gate_proj: the packed words do not give back the weight"):
         list(stream(prepared(tiny_moe("qwen3_moe"), G32, targets=EXPERTS)))
+    with pytest.raises(ExportError, match=r"q_proj: the packed words do not give back the weight"):
+        list(stream(prepared(tiny_llama(), G32, learned_scales=True)))
 
 
 # What the config says ------------------------------------------------------------------------------------------------

@@ -112,12 +112,15 @@ def test_masters_keep_their_dtype_and_stay_where_training_can_move_them(method, 
         assert master.dtype == dtype
         old, served = before[f"{name}.weight"].bfloat16().float(), grid.dequantize(quantized, spec).float()
         assert (master.float() == served).float().mean() < 0.1, name
+        moves, _ = grid.learned_gradients(torch.ones_like(served), master, quantized.scale, spec)
+        assert moves.all(), name  # none stands beyond the codes, where no gradient reaches it
         if method == "gptq":  # AWQ's weights were smoothed before
-            nearer = (master.float() - old).abs() <= (served - old).abs() + served.abs() / 256  # served is in bf16
+            step, (low, high) = quantized.scale.float().repeat_interleave(32, 1), spec.code_range
+            nearer = (master.float() - old).abs() <= (served - old).abs() + step / 8  # served is in bf16
             assert nearer.all(), name
-            step = quantized.scale.float().repeat_interleave(32, 1)
-            low, high = spec.code_range
-            stays = ((old / step - quantized.codes).abs() < 0.46) & (old / step >= low) & (old / step <= high)
+            stays = (
+                ((old / step - quantized.codes).abs() < 0.42) & (old / step > low + 0.08) & (old / step < high - 0.08)
+            )
             assert 0.5 < stays.float().mean() < 1
             assert master.float()[stays].equal(old[stays]), name
     moved = {key for key in before if not key.endswith("proj.weight") and not before[key].equal(after[key])}

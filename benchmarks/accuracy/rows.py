@@ -128,6 +128,5 @@ def all_rows(seeds: int) -> list[Row]:
         Row("qat", "INT4 g128", "awq", learned=True, seeds=seeds),
         *ptq(("NVFP4", "MXFP4"), "awq"),
         *trained(("INT4 g32",), "qad", "qat"),
-        *trained(EIGHT_BIT, "qat"),
-        *trained(OTHERS, "qat"),
+        *trained(("FP8_DYNAMIC", "NVFP4", "MXFP4"), "qat"),
     ]

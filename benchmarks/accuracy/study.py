@@ -77,7 +77,7 @@ def main() -> int:
     elif json.loads(described_there.read_text()) != json.loads(json.dumps(described(size_of(options)))):
         raise SystemExit(f"{options.out} holds a study of another size: give another --out.")
     on_gpus = options.device == "cuda"
-    devices = torch.cuda.device_count() if on_gpus else 1
+    devices = max(1, torch.cuda.device_count()) if on_gpus else 1
     arguments = [word for word in sys.argv[1:] if not word.startswith("--only")]
     Study(options.out, size_of(options), "cpu")  # makes the corpus once, before there are workers
     if not (options.out / "base.json").exists():

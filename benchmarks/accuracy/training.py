@@ -227,7 +227,10 @@ class Study:
         result = quantize(model, row.library, FORMATS[row.format], self.batches())
         if result.servable:
             result.prepare(model)
-        return model, {"quantize_seconds": time.perf_counter() - started}
+        errors = {
+            one.name: -20 * math.log10(one.error) for one in result.rows if one.error
+        }  # as `layers` of the others
+        return model, {"quantize_seconds": time.perf_counter() - started, **({"layers": errors} if errors else {})}
 
     def continued(self, seed: int) -> Path:
         """Where the bf16 row of this seed is saved."""

@@ -181,12 +181,10 @@ def _check(
 
 def _is_trained(read: Quantized, layer: Layer, kernel: Quantizer) -> bool:
     """Whether `read` is bit for bit what the layer's forward multiplies with."""
-    spec, weight, amax = layer.scheme.weights, layer.weight.detach(), layer.amax()
-    if layer.learned_scale is not None:
-        return same_bits(read, layer.quantize())
+    spec, weight, given = layer.scheme.weights, layer.weight.detach(), (layer.amax(), layer.learned_scale)
     if layer.scheme.activations is None:
-        return bitwise_equal(grid.dequantize(read, spec), kernel.fake_quantize(weight, spec, amax))
-    codes, scale, *_ = kernel.quantize(weight, spec, None, amax)
+        return bitwise_equal(grid.dequantize(read, spec), kernel.fake_quantize(weight, spec, *given))
+    codes, scale, *_ = kernel.quantize(weight, spec, None, *given)
     return same_bits(read, Quantized(codes, scale, read.zero_point, read.global_scale))
 
 

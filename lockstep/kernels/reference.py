@@ -122,11 +122,15 @@ def _run_epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: t
     return (product if bias is None else product + bias.to(wide)).to(dtype)
 
 
+def _learned_gradients(grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    return grid.learned_gradients(grad.contiguous(), weight.contiguous(), scale.contiguous(), spec)
+
+
 fake_quantize = operators.fake_quantize("lockstep::fake_quantize", _fake_quantize)
 quantize = operators.quantize("lockstep::quantize", _quantize)
 quantize_activations = operators.quantize_activations("lockstep::quantize_activations", _quantize_activations)
 dequantize_activations = operators.dequantize_activations("lockstep::dequantize_activations", activations.dequantize)
 scaled_linear = operators.scaled_linear("lockstep::scaled_linear", scaled_mm.linear)
 fp8_input_gradient = operators.input_gradient("lockstep::fp8_input_gradient", _fp8_input_gradient)
-learned_gradients = operators.learned_gradients("lockstep::learned_gradients", grid.learned_gradients)
+learned_gradients = operators.learned_gradients("lockstep::learned_gradients", _learned_gradients)
 _epilogue = operators.epilogue("lockstep::epilogue", _run_epilogue)

@@ -438,7 +438,7 @@ def _quantize(
 
 
 def _learned_gradients(grad: Tensor, weight: Tensor, scale: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    of_weight, of_scale = torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(scale)
+    of_weight, of_scale = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in (weight, scale))
     launch = _gradients_launch(spec, weight.dtype, weight.shape)
     launch(grad.contiguous(), weight.contiguous(), scale.contiguous(), of_weight, of_scale)
     return of_weight, of_scale
@@ -524,7 +524,7 @@ def _gradients_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size) 
     chunk = spec.group_size or max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
     block = max(1, BLOCK // chunk) if spec.group_size else 1
     arguments = (rows, size, block, chunk, _rule(spec, master, given=True), grid.lsq_balance(size, spec))
-    return _Launch(_gradients_kernel, (triton.cdiv(rows, block), 1, 1), arguments)
+    return _Launch(_gradients_kernel, (triton.cdiv(rows, block), 1, 1), arguments, warps=8)  # 4 take 220 registers each
 
 
 @lru_cache

@@ -63,7 +63,7 @@ _ADAPTERS: dict[str, _Adapter] = {
     "hqq": hqq,
 }
 _NEEDS_BATCHES = ("gptq", "awq", "smoothquant")
-BIN = 15 / 32  # of a bin to each side: bf16 rounds no further, at INT4's largest code, than to the rest
+BIN = 7 / 16  # of a bin to each side: weight and quotient, rounded to bf16, stay within the rest at every code of INT4
 
 
 @dataclass(frozen=True)
@@ -360,10 +360,11 @@ def _master(name: str, one: Rounded, spec: TensorSpec, dtype: torch.dtype) -> tu
 
 
 def _nearest(before: Tensor, codes: Tensor, scale: Tensor, spec: TensorSpec) -> Tensor:
-    """The weights nearest to `before` ``[N, K]`` that have `codes`, fp32; none is cut off by the range of the codes."""
+    """The weights nearest to `before` ``[N, K]`` that have `codes`, fp32; within their range, for the gradients."""
     low, high = spec.code_range
+    inside = 0.5 - BIN  # in 16 bits the last code times its scale may be beyond
     groups, step = codes.float().unflatten(-1, (scale.shape[-1], -1)), scale.float().unsqueeze(-1)
-    ends = ((groups - BIN).clamp(min=low) * step, (groups + BIN).clamp(max=high) * step)
+    ends = ((groups - BIN).clamp(min=low + inside) * step, (groups + BIN).clamp(max=high - inside) * step)
     return before.float().view_as(groups).clamp(*ends).flatten(-2)
 
 

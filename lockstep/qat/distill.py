@@ -349,14 +349,13 @@ def _own_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return input_ids.masked_fill(attention_mask == 0, IGNORED)
 
 
-_ROUNDED = "a teacher that is rounded as its student teaches nothing. Give the model before quantization."
-
-
 def _check_before_rounding(folder: str) -> None:
-    """ValueError if ``lockstep ptq`` wrote `folder`, whose weights are then those of a quantized model."""
+    """ValueError if ``lockstep ptq`` wrote `folder`, whose weights were moved to where its codes are."""
     report = ptq_report(Path(folder))
     if report is not None and report["method"] != "rtn":  # which leaves the masters as they were
-        raise ValueError(f"teacher: {folder} is what {report['method']} made ({PTQ_REPORT}): {_ROUNDED}")
+        raise ValueError(
+            f"teacher: {folder} is what {report['method']} made ({PTQ_REPORT}). Give the model before quantization."
+        )
 
 
 def _check_tokens(folder: str, tokenizer: Any) -> None:
@@ -419,7 +418,10 @@ def _teacher_of(teacher: Teacher, student: nn.Module, device: torch.device, dtyp
             "Give the folder of the model before quantization, or a deep copy."
         )
     if quantized := next((key for key, _ in (*quantized_modules(model), *quantized_experts(model))), None):
-        raise ValueError(f"the teacher's {quantized} is prepared: {_ROUNDED}")
+        raise ValueError(
+            f"the teacher's {quantized} is prepared: a teacher that is rounded as its student teaches nothing. Give "
+            "the model before quantization."
+        )
     both: list[Any] = [model, student]
     sizes = [one.config.get_text_config().vocab_size for one in both]
     if sizes[0] != sizes[1]:
