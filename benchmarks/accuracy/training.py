@@ -64,7 +64,7 @@ SIZES = {
              "num_key_value_heads": 8, "head_dim": 64},
         vocabulary=16384, context=1024, batch=64, base_steps=2400, base_batch=64, base_rate=1.5e-3, steps=300,
         test_blocks=768, prompts=512, calibration=128, rows=all_rows,
-        rates=dict.fromkeys(("bf16", "qat", "qad"), (3e-5, 1e-4, 3e-4)),
+        rates=dict.fromkeys(("bf16", "qat", "qad"), (6e-5, 2e-4, 6e-4)),
     ),
     # 10 million parameters, for two CPU cores; 5.1 million tokens, then 0.4 million for each row
     "small": Size(
