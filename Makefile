@@ -12,7 +12,7 @@ demo: $(VENV)/.stamp-tensorboard  ## train, quantize, align, export, compare: ab
 ablation: $(VENV)/.stamp-tensorboard  ## GRPO in four arms of three seeds, trainer and rollouts in bf16 or INT4: about 10 minutes on 2 cores
 	$(BIN)/python -m lockstep.recipes.ablation --jobs 2
 
-accuracy: $(VENV)/.stamp-ptq  ## QAT, QAD and post-training quantization of 10 million parameters: about an hour on 2 cores
+accuracy: $(VENV)/.stamp-ptq  ## QAT, QAD and post-training quantization of 10 million parameters, on a CPU
 	$(BIN)/python benchmarks/accuracy/study.py --size small --seeds 1
 
 test: $(VENV)/.stamp-dev  ## everything but the engine

@@ -522,7 +522,7 @@ def _gradients_launch(spec: TensorSpec, master: torch.dtype, shape: torch.Size) 
     size = spec.group_size or shape[-1]
     rows = shape.numel() // size
     chunk = spec.group_size or max(8, min(triton.next_power_of_2(size), ROW_BLOCK))
-    block = max(1, BLOCK // chunk) if spec.group_size else 1
+    block = BLOCK // chunk if spec.group_size else 1
     arguments = (rows, size, block, chunk, _rule(spec, master, given=True), grid.lsq_balance(size, spec))
     return _Launch(_gradients_kernel, (triton.cdiv(rows, block), 1, 1), arguments, warps=8)  # 4 take 220 registers each
 
